@@ -1,0 +1,194 @@
+"""Every way in which Chorus fails, and how a caller is told.
+
+    ChorusError
+    ├── InvalidArgument       the request is wrong: all its faulty fields at once
+    ├── NotFound              what was named does not exist
+    ├── OutOfRange            it turned out larger than what a reply holds
+    ├── PermissionDenied      the caller may not say this
+    ├── ResourceExhausted     busy: try again after a delay
+    ├── Unavailable           gone or going: try again
+    ├── DeadlineExceeded      the deadline has passed, or cannot be met
+    ├── Cancelled             the caller went away
+    ├── Unimplemented         no such call here
+    └── Internal              our fault: an id for the log, and nothing else
+    StartupError              a process cannot start: for the person who started it
+
+Each gRPC error has exactly one ErrorInfo, with domain `chorus`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+DOMAIN = "chorus"
+PUSHBACK = "grpc-retry-pushback-ms"
+"""Trailer that tells gRPC's own retries how long to wait."""
+
+
+class StartupError(Exception):
+    """A process cannot start. The text tells a person what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A faulty field and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+@dataclass(eq=False)
+class ChorusError(Exception):
+    """Something that a caller is told."""
+
+    code: ClassVar[grpc.StatusCode]
+
+    message: str
+    """For people: what happened, and what to do next."""
+    reason: str
+    """For programs: UPPER_SNAKE_CASE, never changed once released."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    retry_after: float | None = None
+    """Seconds."""
+    violations: Sequence[Violation] = ()
+    quota: str | None = None
+    """The limit that was met, for QuotaFailure."""
+    debug: str | None = None
+    """For DebugInfo: set only where CHORUS_DEBUG is."""
+
+    def __str__(self) -> str:
+        """The message, with its reason."""
+        return f"{self.reason}: {self.message}"
+
+    def details(self) -> list[Message]:
+        """The google.rpc messages that say the same to a program."""
+        details: list[Message] = [
+            error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=dict(self.metadata))
+        ]
+        if self.violations:
+            fields = [
+                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
+                for v in self.violations
+            ]
+            details.append(error_details_pb2.BadRequest(field_violations=fields))
+        if self.quota is not None:
+            violation = error_details_pb2.QuotaFailure.Violation(subject=self.quota, description=self.message)
+            details.append(error_details_pb2.QuotaFailure(violations=[violation]))
+        if self.retry_after is not None:
+            delay = Duration()
+            delay.FromMilliseconds(self.retry_after_ms)
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        if self.debug is not None:
+            details.append(error_details_pb2.DebugInfo(detail=self.debug))
+        return details
+
+    @property
+    def retry_after_ms(self) -> int:
+        """The delay in whole milliseconds, rounded up."""
+        return math.ceil((self.retry_after or 0.0) * 1000)
+
+    def status(self) -> status_pb2.Status:
+        """The error as a google.rpc.Status."""
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in self.details():
+            packed = Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return status
+
+
+class InvalidArgument(ChorusError):  # noqa: N818 (the family is named after its status codes)
+    """The request is wrong."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    @classmethod
+    def of(cls, violations: Sequence[Violation], reason: str = "INVALID_FIELDS") -> InvalidArgument:
+        """Names all faulty fields."""
+        message = "; ".join(f"{v.field}: {v.description}" for v in violations)
+        return cls(message, reason, violations=violations)
+
+
+class NotFound(ChorusError):  # noqa: N818
+    """What was named does not exist."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class OutOfRange(ChorusError):  # noqa: N818
+    """It turned out larger than what a reply holds."""
+
+    code = grpc.StatusCode.OUT_OF_RANGE
+
+
+class PermissionDenied(ChorusError):  # noqa: N818
+    """The caller may not say this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
+class ResourceExhausted(ChorusError):  # noqa: N818
+    """Busy. Always with `retry_after` and `quota`."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Unavailable(ChorusError):  # noqa: N818
+    """Gone or going. Always with `retry_after`."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineExceeded(ChorusError):  # noqa: N818
+    """The deadline has passed, or cannot be met."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Cancelled(ChorusError):  # noqa: N818
+    """The caller went away."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
+class Unimplemented(ChorusError):  # noqa: N818
+    """No such call here."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class Internal(ChorusError):  # noqa: N818
+    """Our fault."""
+
+    code = grpc.StatusCode.INTERNAL
+
+    @classmethod
+    def of(cls, error_id: str, debug: str | None = None) -> Internal:
+        """Says no more than an id that finds the rest in the log."""
+        message = f"an internal error; the server's log has it under {error_id}"
+        return cls(message, "INTERNAL", metadata={"error_id": error_id}, debug=debug)
+
+
+async def abort(context: grpc.aio.ServicerContext[Message, Message], error: ChorusError) -> NoReturn:
+    """Ends a call with an error, its details and, where it may be retried, gRPC's pushback."""
+    rich = rpc_status.to_status(error.status())
+    trailers = list(rich.trailing_metadata or ())
+    if error.retry_after is not None:
+        trailers.append((PUSHBACK, str(error.retry_after_ms)))
+    await context.abort(error.code, error.message, tuple(trailers))
+
+
+def code_name(code: int) -> str:
+    """A status code's name, for logs and metrics."""
+    return str(code_pb2.Code.Name(code)) if code in code_pb2.Code.values() else "UNKNOWN"

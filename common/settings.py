@@ -1,0 +1,228 @@
+"""Every setting of every process, in one frozen object that is checked once.
+
+Precedence: command line (`--set section.name=value`) > environment (`CHORUS_SECTION_NAME`) > file (`chorus.toml`, or the
+one that `CHORUS_CONFIG` names) > default. Names are the same everywhere: `service.listen` is `CHORUS_SERVICE_LISTEN`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from common.errors import StartupError
+
+
+def _check_address(address: str) -> str:
+    _, colon, port = address.rpartition(":")
+    if not address.startswith("unix:") and not (colon and port.isdecimal() and int(port) < 65536):
+        raise ValueError("must be HOST:PORT or unix:PATH")
+    return address
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+Seconds = Annotated[float, Field(ge=0)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LogSettings(Section):
+    """What is logged, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"
+    """`auto`: for people on a terminal, JSON elsewhere."""
+
+
+class LimitSettings(Section):
+    """What a caller may ask for at most."""
+
+    text_characters: Count = 5000
+    unary_audio_seconds: PositiveSeconds = 60.0
+    message_bytes: Count = 4 * 1024 * 1024
+    concurrent_calls: Count = 2000
+    """Calls in one process at once; more are refused."""
+    deadline_default: PositiveSeconds = 60.0
+    """Seconds that a call without a deadline gets."""
+    deadline_max: PositiveSeconds = 3600.0
+    """A longer deadline is cut to this."""
+
+
+class ServiceSettings(Section):
+    """The process that owns an engine."""
+
+    listen: Address = "127.0.0.1:50061"
+    metrics_listen: Address = "127.0.0.1:9461"
+    drain_seconds: Seconds = 5.0
+    """After SIGTERM: how long calls are still accepted while balancers notice."""
+    grace_seconds: Seconds = 60.0
+    """Then: how long running calls may take to finish."""
+
+
+class GatewaySettings(Section):
+    """The process that callers talk to."""
+
+    listen: Address = "127.0.0.1:50051"
+    metrics_listen: Address = "127.0.0.1:9451"
+    backends: str = "127.0.0.1:50061"
+    """Services: `HOST:PORT`, several separated by commas, or one target that gRPC resolves, such as `dns:///name:port`."""
+    deadline_margin: Seconds = 0.05
+    """Seconds kept back from the caller's deadline for the way back."""
+    drain_seconds: Seconds = 5.0
+    """After SIGTERM: how long calls are still accepted while balancers notice."""
+    grace_seconds: Seconds = 60.0
+    """Then: how long running calls may take to finish."""
+
+
+class BatcherSettings(Section):
+    """How requests wait, join and are delivered."""
+
+    max_waiting: Count = 1000
+    """Requests that wait for a slot; more are refused."""
+    max_delay: PositiveSeconds = 2.0
+    """Seconds of work that may lie before the engine; a request that would make it more is refused."""
+    tick_seconds: PositiveSeconds = 0.008
+    """How long the steps of one tick should take."""
+    max_steps_per_tick: Count = 32
+    stream_rows: Count = 2
+    """Rows of one stream that may run at once: the current and the next."""
+    unary_rows: Count = 8
+    """Rows of one unary call or job that may run at once."""
+    outbox_seconds: PositiveSeconds = 4.0
+    """Audio that may lie ready for a reader who does not read."""
+    prefill_tokens: Count = 4096
+    """Prompt tokens, padding included, that may join in one tick."""
+
+
+class EspeakSettings(Section):
+    """The engine that speaks without a model."""
+
+    processes: Annotated[int, Field(ge=0)] = 0
+    """Synthesisers that run at once; 0: one a core."""
+
+
+class ToneSettings(Section):
+    """The engine for tests, load and benchmarks: costs and faults by setting. Times are in milliseconds."""
+
+    slots: Count = 64
+    step_base_ms: Seconds = 0.0
+    step_row_ms: Seconds = 0.0
+    step_kv_ms: Seconds = 0.0
+    """For each thousand tokens of KV, all rows together."""
+    prefill_base_ms: Seconds = 0.0
+    """For each group that joins."""
+    prefill_token_ms: Seconds = 0.0
+    """For each prompt token of a group, padding included."""
+    vocode_base_ms: Seconds = 0.0
+    """For each tick that vocodes."""
+    vocode_step_ms: Seconds = 0.0
+    """For each step vocoded."""
+    steps_per_character: Annotated[float, Field(gt=0)] = 10.0
+    lookahead_steps: Annotated[int, Field(ge=0)] = 0
+    max_steps: Count = 2048
+    trace: Path | None = None
+    """A file with a number of steps on each line: the lengths of the rows, in the order in which they join."""
+    faults: str = ""
+    """Faults to inject, see `service/engines/tone.py`."""
+    card: str = "0"
+    """Processes that name the same card share its time."""
+
+
+class Settings(BaseSettings):
+    """All settings. Sections are `[name]` in the file and `CHORUS_NAME_…` in the environment."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="CHORUS_",
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+        extra="forbid",
+        frozen=True,
+    )
+
+    engine: Literal["espeak", "chattts", "tone"] = "espeak"
+    debug: bool = False
+    """Tell callers what went wrong inside (google.rpc.DebugInfo). Never in production."""
+    secret: SecretStr | None = None
+    """What gateways and services share, so that a service knows its gateways. Without it only loopback is trusted."""
+    log: LogSettings = LogSettings()
+    limits: LimitSettings = LimitSettings()
+    service: ServiceSettings = ServiceSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    batcher: BatcherSettings = BatcherSettings()
+    espeak: EspeakSettings = EspeakSettings()
+    tone: ToneSettings = ToneSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Command line, then environment, then file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=settings_file())
+
+
+def settings_file() -> Path:
+    """The file that settings are read from; it need not exist."""
+    return Path(os.environ.get("CHORUS_CONFIG", "chorus.toml"))
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """`["service.listen=:1", "debug=true"]` as nested values, in the shape of `Settings`.
+
+    Raises:
+        StartupError: an assignment has no `=`.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise StartupError(f"--set {assignment}: write it as NAME=VALUE, for example --set service.listen=:50061")
+        *sections, leaf = name.split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[leaf] = value
+    return values
+
+
+def load_settings(assignments: Sequence[str] = ()) -> Settings:
+    """Reads and checks the settings.
+
+    Raises:
+        StartupError: names every setting that is unknown or wrong.
+    """
+    try:
+        return Settings(**parse_assignments(assignments))
+    except ValidationError as error:
+        faults = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
+        raise StartupError(f"these settings are wrong:\n{faults}\n`chorus config` shows all there are") from None
+    except tomllib.TOMLDecodeError as error:
+        raise StartupError(f"{settings_file()} is not TOML: {error}") from None
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The settings as environment variables, for a process that is to have the same ones."""
+    values = json.loads(settings.model_dump_json(exclude={"secret"}))
+    variables = {}
+    for name, value in values.items():
+        leaves = {f"{name}_{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {name: value}
+        variables |= {f"CHORUS_{leaf.upper()}": str(v) for leaf, v in leaves.items() if v is not None}
+    if settings.secret is not None:
+        variables["CHORUS_SECRET"] = settings.secret.get_secret_value()
+    return variables
