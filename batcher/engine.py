@@ -134,12 +134,17 @@ class Plan:
     """One tick's work: leave, join, step, vocode, in this order."""
 
     leaves: tuple[RowRef, ...] = ()
-    """Rows to forget wholly, slot and hidden states."""
+    """Rows to forget wholly, slot and hidden states. One that the engine does not know is none of its business."""
     joins: tuple[tuple[Join, ...], ...] = ()
     """Groups of joining rows: a group is prefilled in one forward pass."""
     steps: int = 0
     """Forward passes over all rows that hold a slot."""
     vocode: tuple[Vocode, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """It asks for nothing."""
+        return not (self.leaves or self.joins or self.steps or self.vocode)
 
 
 class EndReason(Enum):

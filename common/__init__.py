@@ -1,0 +1,1 @@
+"""What every process needs: one place each for settings, errors, metrics, logs and the frame of a gRPC server."""

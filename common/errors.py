@@ -10,7 +10,8 @@
     ├── DeadlineExceeded      the deadline has passed, or cannot be met
     ├── Cancelled             the caller went away
     ├── Unimplemented         no such call here
-    └── Internal              our fault: an id for the log, and nothing else
+    ├── Internal              our fault: an id for the log, and nothing else
+    └── Relayed               a backend's error, in a gateway
     StartupError              a process cannot start: for the person who started it
 
 Each gRPC error has exactly one ErrorInfo, with domain `chorus`.
@@ -20,15 +21,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, NoReturn
+from dataclasses import dataclass
+from typing import NoReturn
 
 import grpc
 import grpc.aio
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "chorus"
@@ -48,24 +49,41 @@ class Violation:
     description: str
 
 
-@dataclass(eq=False)
 class ChorusError(Exception):
     """Something that a caller is told."""
 
-    code: ClassVar[grpc.StatusCode]
+    code: grpc.StatusCode
 
-    message: str
-    """For people: what happened, and what to do next."""
-    reason: str
-    """For programs: UPPER_SNAKE_CASE, never changed once released."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    retry_after: float | None = None
-    """Seconds."""
-    violations: Sequence[Violation] = ()
-    quota: str | None = None
-    """The limit that was met, for QuotaFailure."""
-    debug: str | None = None
-    """For DebugInfo: set only where CHORUS_DEBUG is."""
+    def __init__(
+        self,
+        message: str,
+        reason: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        retry_after: float | None = None,
+        violations: Sequence[Violation] = (),
+        quota: str | None = None,
+        debug: str | None = None,
+    ) -> None:
+        """Says what a caller is told.
+
+        Args:
+            message: for people: what happened, and what to do next.
+            reason: for programs: UPPER_SNAKE_CASE, never changed once released.
+            metadata: more for programs, in ErrorInfo.
+            retry_after: seconds.
+            violations: the faulty fields, for BadRequest.
+            quota: the limit that was met, for QuotaFailure.
+            debug: for DebugInfo; set only where CHORUS_DEBUG is.
+        """
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.metadata = metadata or {}
+        self.retry_after = retry_after
+        self.violations = violations
+        self.quota = quota
+        self.debug = debug
 
     def __str__(self) -> str:
         """The message, with its reason."""
@@ -108,7 +126,7 @@ class ChorusError(Exception):
         return status
 
 
-class InvalidArgument(ChorusError):  # noqa: N818 (the family is named after its status codes)
+class InvalidArgument(ChorusError):
     """The request is wrong."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
@@ -120,55 +138,55 @@ class InvalidArgument(ChorusError):  # noqa: N818 (the family is named after its
         return cls(message, reason, violations=violations)
 
 
-class NotFound(ChorusError):  # noqa: N818
+class NotFound(ChorusError):
     """What was named does not exist."""
 
     code = grpc.StatusCode.NOT_FOUND
 
 
-class OutOfRange(ChorusError):  # noqa: N818
+class OutOfRange(ChorusError):
     """It turned out larger than what a reply holds."""
 
     code = grpc.StatusCode.OUT_OF_RANGE
 
 
-class PermissionDenied(ChorusError):  # noqa: N818
+class PermissionDenied(ChorusError):
     """The caller may not say this."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
 
 
-class ResourceExhausted(ChorusError):  # noqa: N818
+class ResourceExhausted(ChorusError):
     """Busy. Always with `retry_after` and `quota`."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-class Unavailable(ChorusError):  # noqa: N818
+class Unavailable(ChorusError):
     """Gone or going. Always with `retry_after`."""
 
     code = grpc.StatusCode.UNAVAILABLE
 
 
-class DeadlineExceeded(ChorusError):  # noqa: N818
+class DeadlineExceeded(ChorusError):
     """The deadline has passed, or cannot be met."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-class Cancelled(ChorusError):  # noqa: N818
+class Cancelled(ChorusError):
     """The caller went away."""
 
     code = grpc.StatusCode.CANCELLED
 
 
-class Unimplemented(ChorusError):  # noqa: N818
+class Unimplemented(ChorusError):
     """No such call here."""
 
     code = grpc.StatusCode.UNIMPLEMENTED
 
 
-class Internal(ChorusError):  # noqa: N818
+class Internal(ChorusError):
     """Our fault."""
 
     code = grpc.StatusCode.INTERNAL
@@ -180,15 +198,29 @@ class Internal(ChorusError):  # noqa: N818
         return cls(message, "INTERNAL", metadata={"error_id": error_id}, debug=debug)
 
 
+class Relayed(ChorusError):
+    """A backend's error, passed on as it came, with all its details."""
+
+    def __init__(self, code: grpc.StatusCode, status: status_pb2.Status) -> None:
+        """`status`: has an ErrorInfo of ours."""
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        retry_after = None
+        for detail in status.details:
+            detail.Unpack(info)
+            if detail.Unpack(retry):
+                retry_after = retry.retry_delay.ToMilliseconds() / 1000
+        super().__init__(status.message, info.reason, retry_after=retry_after)
+        self.code = code
+        self._status = status
+
+    def status(self) -> status_pb2.Status:
+        """The backend's."""
+        return self._status
+
+
 async def abort(context: grpc.aio.ServicerContext[Message, Message], error: ChorusError) -> NoReturn:
-    """Ends a call with an error, its details and, where it may be retried, gRPC's pushback."""
-    rich = rpc_status.to_status(error.status())
-    trailers = list(rich.trailing_metadata or ())
-    if error.retry_after is not None:
+    """Ends a call with an error and its details; one that asks for patience tells gRPC's own retries too."""
+    trailers = [*(context.trailing_metadata() or ()), *(rpc_status.to_status(error.status()).trailing_metadata or ())]
+    if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after is not None:
         trailers.append((PUSHBACK, str(error.retry_after_ms)))
     await context.abort(error.code, error.message, tuple(trailers))
-
-
-def code_name(code: int) -> str:
-    """A status code's name, for logs and metrics."""
-    return str(code_pb2.Code.Name(code)) if code in code_pb2.Code.values() else "UNKNOWN"

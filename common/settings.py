@@ -1,7 +1,8 @@
 """Every setting of every process, in one frozen object that is checked once.
 
-Precedence: command line (`--set section.name=value`) > environment (`CHORUS_SECTION_NAME`) > file (`chorus.toml`, or the
-one that `CHORUS_CONFIG` names) > default. Names are the same everywhere: `service.listen` is `CHORUS_SERVICE_LISTEN`.
+Precedence: command line (`--set section.name=value`) > environment (`CHORUS_SECTION_NAME`) > file (`chorus.toml`, or
+the one that `CHORUS_CONFIG` names) > default. Names are the same everywhere: `service.listen` is
+`CHORUS_SERVICE_LISTEN`.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ def load_settings(assignments: Sequence[str] = ()) -> Settings:
 def environment(settings: Settings) -> dict[str, str]:
     """The settings as environment variables, for a process that is to have the same ones."""
     values = json.loads(settings.model_dump_json(exclude={"secret"}))
-    variables = {}
+    variables: dict[str, str] = {}
     for name, value in values.items():
         leaves = {f"{name}_{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {name: value}
         variables |= {f"CHORUS_{leaf.upper()}": str(v) for leaf, v in leaves.items() if v is not None}

@@ -1,0 +1,27 @@
+"""The engines, and the choice among them."""
+
+from __future__ import annotations
+
+from common.errors import StartupError
+from common.settings import Settings
+from service.engines.base import SpeechEngine
+
+
+def load_engine(settings: Settings) -> SpeechEngine:
+    """The engine that the settings name, loaded. Blocks for as long as that takes.
+
+    Raises:
+        StartupError: it cannot be loaded; says what to do.
+    """
+    # Each engine is imported only where it runs: they need different extras.
+    match settings.engine:
+        case "espeak":
+            from service.engines.espeak import EspeakEngine
+
+            return EspeakEngine(settings.espeak)
+        case "tone":
+            from service.engines.tone import ToneEngine
+
+            return ToneEngine(settings.tone)
+        case "chattts":
+            raise StartupError("this version has no chattts engine yet; use CHORUS_ENGINE=espeak")

@@ -1,0 +1,1 @@
+"""The contract, version 1: `tts.proto`."""

@@ -1,0 +1,200 @@
+"""The thread that owns the engine: plan, run, deliver.
+
+All state is the scheduler's, behind one lock that is held while it thinks and never while the engine works. Events
+cross to the event loop once a tick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+
+from batcher.engine import Engine, EngineOutOfMemoryError, Plan, Segment
+from batcher.errors import EngineFailedError, StoppedError
+from batcher.outbox import Outbox
+from batcher.request import Request
+from batcher.scheduler import Counters, Delivery, Policy, Scheduler
+
+Clock = Callable[[], float]
+"""Seconds, never falling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What the batcher is doing now."""
+
+    requests: int
+    waiting: int
+    rows: int
+    slots_free: int
+    work_seconds: float
+    speed: float
+    """Seconds of audio a second that a full batch makes."""
+    counters: Counters
+
+    @property
+    def utilization(self) -> float:
+        """Work that lies before the engine, in seconds of its time; above 1 callers wait noticeably."""
+        return self.work_seconds / self.speed
+
+
+class Runner:
+    """Runs an engine for the requests of one event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Policy,
+        *,
+        outbox_seconds: float = 4.0,
+        clock: Clock = time.monotonic,
+        on_error: Callable[[BaseException], None] = lambda error: None,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Takes the engine over.
+
+        `on_error` hears of engine failures, on the engine's thread. `on_death` is called on the event loop if the
+        thread itself fails: nothing will be spoken any more.
+        """
+        self.engine = engine
+        self.scheduler = Scheduler(engine.caps, policy)
+        self._window = max(int(outbox_seconds * engine.caps.sample_rate_hertz), engine.caps.samples_per_step)
+        self._clock = clock
+        self._on_error = on_error
+        self._on_death = on_death
+        self._changed = threading.Condition(threading.Lock())
+        self._woken = False
+        self._stopping = False
+        self._dead = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # -- the event loop's side ----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the thread. Called on the event loop that will submit."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends every request with StoppedError, then the thread, then the engine."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.engine.close)
+
+    @asynccontextmanager
+    async def speak(
+        self, segments: Sequence[Segment], *, max_rows: int, deadline: float | None = None, tenant: str = ""
+    ) -> AsyncIterator[Outbox]:
+        """Speaks segments. Read the outbox until RequestEnded or RequestFailed; leaving earlier cancels.
+
+        `deadline`: on the runner's clock, in seconds.
+
+        Raises:
+            QueueFullError: too much work lies before the engine.
+            DeadlineUnreachableError: the work would be done too late.
+            StoppedError: the batcher has stopped.
+        """
+        outbox = Outbox(self._window, self._wake)
+        request = Request(segments, outbox, max_rows, deadline, tenant)
+        with self._changed:
+            if self._stopping:
+                raise StoppedError("stopping")
+            self.scheduler.submit(request, self._clock())
+        self._wake()
+        try:
+            yield outbox
+        finally:
+            if not request.over:
+                with self._changed:
+                    self.scheduler.cancel(request)
+                self._wake()
+
+    @property
+    def dead(self) -> bool:
+        """The thread has failed: nothing will be spoken any more."""
+        return self._dead
+
+    def stats(self) -> Stats:
+        """What the batcher is doing now."""
+        with self._changed:
+            s = self.scheduler
+            return Stats(s.requests, s.waiting, s.rows, s.slots_free, s.work_seconds, s.speed, deepcopy(s.counters))
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    # -- the engine's thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._step()
+        except BaseException as error:
+            self._on_error(error)
+            self._dead = True
+            self._call_loop(self._on_death)
+        finally:
+            with self._changed:
+                self._stopping = True
+                deliveries = self.scheduler.fail_all(StoppedError("stopping"), engine_forgot=True)
+            self._deliver(deliveries)
+
+    def _step(self) -> None:
+        """One tick: plan, run, deliver. With nothing to do, a rest."""
+        with self._changed:
+            self._woken = False
+            late = self.scheduler.expire(self._clock())
+            plan = self.scheduler.plan(self._clock())
+            idle = plan.empty and not self.scheduler.waits_for_report
+        self._deliver(late)
+        if idle:
+            return self._rest()
+        outcome = self._run_engine(plan)
+        with self._changed:
+            deliveries = outcome()
+        self._deliver(deliveries)
+
+    def _run_engine(self, plan: Plan) -> Callable[[], list[Delivery]]:
+        """Lets the engine do the plan, and answers how the scheduler is to take what came of it."""
+        try:
+            return partial(self.scheduler.apply, self.engine.run(plan))
+        except EngineOutOfMemoryError as error:
+            self._on_error(error)
+            return partial(self.scheduler.out_of_memory, plan)
+        except Exception as error:
+            self._on_error(error)
+            return partial(self.scheduler.fail_all, EngineFailedError("the engine failed"), engine_forgot=True)
+
+    def _deliver(self, deliveries: list[Delivery]) -> None:
+        """Hands a tick's events to the event loop, all at once."""
+        if deliveries:
+            self._call_loop(partial(_put, deliveries))
+
+    def _rest(self) -> None:
+        """Waits until something changes or a deadline passes."""
+        with self._changed:
+            deadline = self.scheduler.next_deadline
+            timeout = None if deadline is None else max(0.0, deadline - self._clock())
+            self._changed.wait_for(lambda: self._woken or self._stopping, timeout)
+
+    def _call_loop(self, callback: Callable[[], None]) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback)
+
+
+def _put(deliveries: list[Delivery]) -> None:
+    for request, event in deliveries:
+        request.reader.put(event)

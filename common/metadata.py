@@ -1,0 +1,34 @@
+"""The names of the metadata that calls carry."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterable
+
+REQUEST_ID = "x-request-id"
+INTERNAL_PREFIX = "x-chorus-internal-"
+"""Said by gateways only."""
+INTERNAL_SECRET = "x-chorus-internal-secret"  # noqa: S105 (a name)
+INTERNAL_TENANT = "x-chorus-internal-tenant"
+ORCA_LOAD = "endpoint-load-metrics-bin"
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+
+
+def as_metadata(pairs: Iterable[tuple[str, str | bytes]] | None) -> Metadata:
+    """A call's metadata as plain pairs."""
+    return tuple((key, value) for key, value in pairs or ())
+
+
+def text_value(metadata: Metadata, key: str) -> str | None:
+    """A key's first value, if it is text."""
+    return next((value for name, value in metadata if name == key and isinstance(value, str)), None)
+
+
+def request_id(metadata: Metadata) -> str:
+    """The caller's request id, or a new one where there is none that can be logged."""
+    given = text_value(metadata, REQUEST_ID)
+    return given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,76 @@
+"""Every metric of every process, and the endpoint that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import prometheus_client
+from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import REGISTRY, Collector
+
+from common.errors import StartupError
+
+if TYPE_CHECKING:
+    from batcher.runner import Runner  # gateways have no batcher
+
+LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+"""Seconds."""
+
+CALLS = Counter("chorus_calls_total", "Calls that have ended.", ["method", "code"])
+CALL_SECONDS = Histogram("chorus_call_seconds", "How long calls took.", ["method"], buckets=LATENCY_BUCKETS)
+CALLS_ACTIVE = Gauge("chorus_calls_active", "Calls that run now.")
+FIRST_AUDIO_SECONDS = Histogram(
+    "chorus_first_audio_seconds", "From a call's arrival until its first audio left.", buckets=LATENCY_BUCKETS
+)
+AUDIO_SECONDS = Counter("chorus_audio_seconds_total", "Seconds of audio delivered.")
+ENGINE_ERRORS = Counter("chorus_engine_errors_total", "Failures of the engine as a whole.")
+BACKENDS_READY = Gauge("chorus_gateway_backend_ready", "1 while a backend is ready to speak.")
+
+
+class BatcherCollector(Collector):
+    """Shows a runner's state at the moment of a scrape."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def collect(self) -> Iterator[Metric]:
+        """The batcher's gauges and counters."""
+        stats = self._runner.stats()
+        for name, text, value in (
+            ("requests", "Requests admitted and not yet over.", stats.requests),
+            ("waiting", "Requests that wait for a slot.", stats.waiting),
+            ("rows", "Rows that hold a slot.", stats.rows),
+            ("slots_free", "Slots that a row could join.", stats.slots_free),
+            ("work_audio_seconds", "Predicted seconds of audio before the engine.", stats.work_seconds),
+            ("cancel_ticks_max", "Most ticks from a cancel to its free slot.", stats.counters.cancel_ticks_max),
+        ):
+            yield GaugeMetricFamily(f"chorus_batcher_{name}", text, value)
+        for field in fields(stats.counters):
+            value = getattr(stats.counters, field.name)
+            if isinstance(value, int) and field.name != "cancel_ticks_max":
+                yield CounterMetricFamily(f"chorus_batcher_{field.name}", f"Batcher: {field.name}.", value)
+        refused = CounterMetricFamily("chorus_batcher_refused", "Requests refused.", labels=["reason"])
+        for reason, count in stats.counters.refused.items():
+            refused.add_metric([reason], count)
+        yield refused
+
+
+def watch_batcher(runner: Runner) -> None:
+    """Shows a runner's state from now on."""
+    REGISTRY.register(BatcherCollector(runner))
+
+
+def serve_metrics(address: str) -> None:
+    """Serves `/metrics` over HTTP on a thread of its own.
+
+    Raises:
+        StartupError: the address is taken.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        prometheus_client.start_http_server(int(port), host.strip("[]"))
+    except OSError as error:
+        raise StartupError(f"cannot serve metrics on {address}: {error.strerror}") from None

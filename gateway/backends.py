@@ -1,0 +1,92 @@
+"""The services behind a gateway: one channel, on which gRPC itself balances, checks health and retries.
+
+- `weighted_round_robin` takes each service's load from the ORCA report in its trailers.
+- A service that is NOT_SERVING gets no calls (client-side health checks).
+- UNAVAILABLE is retried on another service, only before the first byte of a reply, and within a budget: each failure
+  takes a token, each success gives a tenth back, and with less than half of the tokens there are no retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+
+import grpc
+import grpc.aio
+
+from common.settings import LimitSettings
+
+HEALTH_SERVICE = "chorus.v1.TextToSpeechService"
+RETRY_TOKENS = 100
+RETRY_REFUND = 0.1
+MAX_ATTEMPTS = 3
+LOOKAHEAD_BYTES = 65_536
+"""What a stream may hold ready in the gateway for a reader who does not read."""
+
+SERVICE_CONFIG = {
+    "loadBalancingConfig": [
+        {
+            "weighted_round_robin": {
+                "blackoutPeriod": "1s",
+                "weightExpirationPeriod": "30s",
+                "weightUpdatePeriod": "1s",
+            }
+        }
+    ],
+    "healthCheckConfig": {"serviceName": HEALTH_SERVICE},
+    "methodConfig": [
+        {
+            "name": [{}],
+            "retryPolicy": {
+                "maxAttempts": MAX_ATTEMPTS,
+                "initialBackoff": "0.02s",
+                "maxBackoff": "0.5s",
+                "backoffMultiplier": 3,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    "retryThrottling": {"maxTokens": RETRY_TOKENS, "tokenRatio": RETRY_REFUND},
+}
+
+
+def open_channel(backends: str, limits: LimitSettings) -> grpc.aio.Channel:
+    """A channel to all backends. `backends`: as in `gateway.backends`."""
+    return grpc.aio.insecure_channel(
+        target(backends),
+        options=[
+            ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+            ("grpc.enable_retries", 1),
+            ("grpc.max_receive_message_length", limits.message_bytes),
+            ("grpc.max_send_message_length", limits.message_bytes),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2_000),
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
+        ],
+    )
+
+
+def target(backends: str) -> str:
+    """Addresses as one gRPC target.
+
+    Several `HOST:PORT` become one list; hosts in it must be IPv4 addresses, which is all that gRPC's list takes. What
+    is a target already, such as `dns:///name:port`, stays as it is.
+    """
+    addresses = [address.strip().replace("localhost:", "127.0.0.1:") for address in backends.split(",")]
+    if len(addresses) == 1:
+        return addresses[0]
+    return "ipv4:" + ",".join(addresses)
+
+
+async def watch(channel: grpc.aio.Channel, changed: Callable[[bool], Awaitable[None]]) -> None:
+    """Tells, now and at each change until cancelled, whether any backend is ready."""
+    while True:
+        state = channel.get_state(try_to_connect=True)
+        await changed(state is grpc.ChannelConnectivity.READY)
+        await channel.wait_for_state_change(state)
+        await asyncio.sleep(0)

@@ -1,0 +1,70 @@
+"""The main path of a call through the gateway: who calls, how long it may take, and on to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+
+from common.calls import Context, current_call
+from common.errors import DeadlineExceeded
+from common.metadata import INTERNAL_SECRET, INTERNAL_TENANT, REQUEST_ID, Metadata
+from common.settings import Settings
+from gateway.upstream import told
+
+ANYONE = "anyone"
+"""The tenant of callers who are not told apart."""
+
+Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[Any, Any]"
+StreamMethod: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[Any, Any]"
+
+
+class Pipeline:
+    """Forwards calls to backends."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    async def unary(self, method: Method, request: Any, context: Context) -> Any:
+        """Asks a backend, and answers with its reply or with its error."""
+        try:
+            return await method(request, metadata=self._metadata(), timeout=self._timeout(context))
+        except grpc.aio.AioRpcError as error:
+            raise told(error) from error
+
+    async def stream(self, method: StreamMethod, request: Any, context: Context) -> AsyncGenerator[Any, None]:
+        """Asks a backend, and passes each message on before it takes the next: nothing piles up here."""
+        call = method(request, metadata=self._metadata(), timeout=self._timeout(context))
+        try:
+            async for message in call:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise told(error) from error
+        finally:
+            call.cancel()
+
+    def _timeout(self, context: Context) -> float:
+        """Seconds that the backend gets: the caller's, within the server's maximum, less the way back."""
+        limits, margin = self._settings.limits, self._settings.gateway.deadline_margin
+        remaining = context.time_remaining()
+        allowed = limits.deadline_default if remaining is None else min(remaining, limits.deadline_max)
+        if allowed <= margin:
+            raise DeadlineExceeded(
+                f"the deadline leaves less than {margin * 1000:.0f} ms; allow more time", "DEADLINE_UNREACHABLE"
+            )
+        return allowed - margin
+
+    def _metadata(self) -> Metadata:
+        """What a backend is told of the caller. Nothing of the caller's own metadata passes."""
+        call = current_call()
+        told: Metadata = ((REQUEST_ID, call.request_id), (INTERNAL_TENANT, call.tenant))
+        if self._settings.secret is not None:
+            told += ((INTERNAL_SECRET, self._settings.secret.get_secret_value()),)
+        return told
+
+
+def identify(metadata: Metadata, peer: str) -> str:
+    """The tenant of a call. What a caller says in internal metadata is not heard."""
+    return ANYONE

@@ -1,0 +1,108 @@
+"""The service process: load an engine, serve it once it has spoken, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+
+from batcher.engine import Segment
+from batcher.errors import BatcherError
+from batcher.request import RequestEnded, RequestFailed
+from batcher.runner import Runner
+from batcher.scheduler import Policy
+from common.errors import StartupError
+from common.logs import logger, set_up_logs
+from common.metadata import Metadata
+from common.metrics import ENGINE_ERRORS, serve_metrics, watch_batcher
+from common.server import Server, run
+from common.settings import BatcherSettings, Settings
+from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
+from service.engines import load_engine
+from service.engines.base import SpeechEngine
+from service.servicer import Servicer
+from service.trust import tenant_of
+from service.voices import DEFAULT_VOICE
+
+SERVICES = ("TextToSpeechService", "VoiceService", "ServerInfoService")
+
+WARM_UP_TEXT = "你好"
+WARM_UP_SECONDS = 120.0
+
+
+def main(settings: Settings) -> None:
+    """Runs a service until it is told to stop.
+
+    Raises:
+        StartupError: it cannot start, or its engine died.
+    """
+    set_up_logs(settings.log, "service")
+    run(serve(settings))
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until a signal. Health is SERVING only after the engine has spoken."""
+    serve_metrics(settings.service.metrics_listen)
+    names = [tts_pb2.DESCRIPTOR.services_by_name[name].full_name for name in SERVICES]
+    server = Server(settings, names, identify=partial(_identify, settings))
+    engine = await asyncio.to_thread(load_engine, settings)
+    runner = Runner(
+        engine,
+        _policy(settings.batcher),
+        outbox_seconds=settings.batcher.outbox_seconds,
+        on_error=_log_engine_error,
+        on_death=server.stop_soon,
+    )
+    watch_batcher(runner)
+    _register(Servicer(settings, engine, runner), server)
+    await server.start(settings.service.listen)
+    runner.start()
+    await _warm_up(runner, engine)
+    await server.set_serving(True)
+    await server.wait_for_drain(settings.service.drain_seconds, settings.service.grace_seconds)
+    died = runner.dead
+    await runner.stop()
+    if died:
+        raise StartupError("the engine's thread died; the log says why")
+
+
+async def _warm_up(runner: Runner, engine: SpeechEngine) -> None:
+    """Speaks a word, so that the first caller waits for nothing that is done only once."""
+    began = time.monotonic()
+    segment = Segment(WARM_UP_TEXT, DEFAULT_VOICE, engine.languages[0])
+    try:
+        async with asyncio.timeout(WARM_UP_SECONDS), runner.speak([segment], max_rows=1) as outbox:
+            while not isinstance(event := await outbox.get(), RequestEnded):
+                if isinstance(event, RequestFailed):
+                    raise event.error
+    except (BatcherError, TimeoutError) as error:
+        raise StartupError(f"the engine did not speak when it was warmed up: {error!r}") from None
+    seconds = round(time.monotonic() - began, 3)
+    logger().info("warm", engine=engine.name, model_revision=engine.model_revision, seconds=seconds)
+    if engine.notice:
+        logger().warning("engine notice", engine=engine.name, notice=engine.notice)
+
+
+def _register(servicer: Servicer, server: Server) -> None:
+    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(servicer, server.grpc)
+    tts_pb2_grpc.add_VoiceServiceServicer_to_server(servicer, server.grpc)
+    tts_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicer, server.grpc)
+
+
+def _identify(settings: Settings, metadata: Metadata, peer: str) -> str:
+    return tenant_of(metadata, peer, settings.secret)
+
+
+def _policy(settings: BatcherSettings) -> Policy:
+    return Policy(
+        max_waiting=settings.max_waiting,
+        max_delay=settings.max_delay,
+        tick_seconds=settings.tick_seconds,
+        max_steps_per_tick=settings.max_steps_per_tick,
+        prefill_tokens=settings.prefill_tokens,
+    )
+
+
+def _log_engine_error(error: BaseException) -> None:
+    ENGINE_ERRORS.inc()
+    logger().error("engine error", exc_info=error)

@@ -1,0 +1,168 @@
+"""What a caller asks for, checked and made plain: the wire ends here, and the batcher's terms begin."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from audio.formats import Codec, Container, Format, FormatError, resolve
+from batcher.engine import Controls, Sampling, Segment
+from common.errors import InvalidArgument, Violation
+from common.settings import LimitSettings
+from protos.chorus.v1 import tts_pb2
+from service.engines.base import SpeechEngine
+from service.text import FRONT_END_REVISION, TextSegment, has_speech, split
+from service.voices import DEFAULT_VOICE
+
+SpeechRequest = tts_pb2.SynthesizeRequest | tts_pb2.StreamSynthesizeRequest
+
+ALIASES: Mapping[str, str] = {"zh": "zh-cn", "cmn": "zh-cn", "en": "en-us", "zh-yue": "yue", "zh-hk": "yue"}
+"""Language tags that mean another one, in lower case."""
+
+RANGES: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "controls": {"speed": (0.5, 2.0), "oral": (0, 9), "laugh": (0, 2), "pause": (0, 7)},
+    "sampling": {
+        "temperature": (0.00001, 2.0),
+        "top_p": (0.0, 1.0),
+        "top_k": (1, 625),
+        "repetition_penalty": (1.0, 2.0),
+    },
+}
+"""Lowest and highest value of each field. `top_p` must be above its lowest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """One thing to say, wholly decided."""
+
+    parts: tuple[TextSegment, ...]
+    segments: tuple[Segment, ...]
+    voice: str
+    seed: int
+    format: Format
+
+
+def parse(request: SpeechRequest, engine: SpeechEngine, limits: LimitSettings) -> Speech:
+    """Checks a request and decides what it left open.
+
+    Raises:
+        InvalidArgument: names every faulty field.
+    """
+    format, format_faults = _format(request.format, engine.caps.sample_rate_hertz)
+    violations = [
+        *_text_faults(request.text, limits),
+        *_voice_faults(request.voice, engine),
+        *_language_faults(request.language, engine),
+        *format_faults,
+        *_range_faults("controls", request.controls),
+        *_range_faults("sampling", request.sampling),
+    ]
+    if violations or format is None:
+        raise InvalidArgument.of(violations)
+    parts = tuple(split(request.text, match_language(request.language, engine.languages)))
+    voice = request.voice or DEFAULT_VOICE
+    seed = request.sampling.seed if request.sampling.HasField("seed") else derive_seed(request, engine)
+    segments = tuple(
+        Segment(
+            text=part.spoken_text,
+            voice=voice,
+            language=part.language,
+            index=index,
+            seed=seed,
+            controls=Controls(**{"speed": 1.0} | _set_fields(request.controls)),
+            sampling=Sampling(**{k: v for k, v in _set_fields(request.sampling).items() if k != "seed"}),
+            refine_text=request.refine_text,
+        )
+        for index, part in enumerate(parts)
+    )
+    return Speech(parts, segments, voice, seed, format)
+
+
+def derive_seed(request: SpeechRequest, engine: SpeechEngine) -> int:
+    """The seed of a request that names none: equal requests sound equal, in whatever format."""
+    asked = tts_pb2.SynthesizeRequest(
+        text=request.text.strip(),
+        voice=request.voice or DEFAULT_VOICE,
+        language=request.language.lower(),
+        controls=request.controls,
+        sampling=request.sampling,
+        refine_text=request.refine_text,
+    )
+    revision = f"{engine.model_revision} {FRONT_END_REVISION}"
+    digest = hashlib.sha256(revision.encode() + b"\0" + asked.SerializeToString(deterministic=True)).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def match_language(asked: str, served: tuple[str, ...]) -> str | None:
+    """The served tag for an asked one: itself, or with subtags cut off from its end (RFC 4647, lookup)."""
+    by_name = {tag.lower(): tag for tag in served}
+    name = asked.lower().replace("_", "-")
+    while name:
+        if found := by_name.get(name) or by_name.get(ALIASES.get(name, "")):
+            return found
+        name = name.rpartition("-")[0]
+    return None
+
+
+def _text_faults(text: str, limits: LimitSettings) -> list[Violation]:
+    if not text:
+        return [Violation("text", "is empty")]
+    faults = []
+    if len(text) > limits.text_characters:
+        faults.append(Violation("text", f"has {len(text)} characters; at most {limits.text_characters} are taken"))
+    if not has_speech(text):
+        faults.append(Violation("text", "has nothing to speak in it: no letter and no digit"))
+    return faults
+
+
+def _voice_faults(voice: str, engine: SpeechEngine) -> list[Violation]:
+    if not voice or voice in engine.voices:
+        return []
+    return [Violation("voice", f"is not known; known are {', '.join(engine.voices)}")]
+
+
+def _language_faults(language: str, engine: SpeechEngine) -> list[Violation]:
+    if not language or match_language(language, engine.languages):
+        return []
+    return [Violation("language", f"is not served; served are {', '.join(engine.languages)}")]
+
+
+def _format(asked: tts_pb2.AudioFormat, engine_rate: int) -> tuple[Format | None, list[Violation]]:
+    try:
+        container = _member(tts_pb2.Container, "CONTAINER_", Container, asked.container)
+        codec = _member(tts_pb2.Codec, "CODEC_", Codec, asked.codec)
+        return resolve(container, codec, asked.sample_rate_hertz, engine_rate), []
+    except FormatError as error:
+        return None, [Violation(f"format.{field}", description) for field, description in error.faults]
+
+
+def _member(wire: Any, prefix: str, plain: Any, number: int) -> Any:
+    """A wire enum's number as a member of ours; `None` where it is not set."""
+    if number == 0:
+        return None
+    if number not in wire.values():
+        raise FormatError([(prefix[:-1].lower(), f"{number} is no value of the enum")])
+    return plain[wire.Name(number).removeprefix(prefix)]
+
+
+def _range_faults(group: str, message: tts_pb2.Controls | tts_pb2.Sampling) -> list[Violation]:
+    faults = []
+    for field, (lowest, highest) in RANGES[group].items():
+        value = _set_fields(message).get(field)
+        if value is None:
+            continue
+        if math.isnan(value) or not lowest <= _rounded(value) <= highest or (field == "top_p" and value == 0):
+            faults.append(Violation(f"{group}.{field}", f"is {value:g}; it goes from {lowest:g} to {highest:g}"))
+    return faults
+
+
+def _rounded(value: float) -> float:
+    """A wire float without the error of its 32 bits, so that 0.00001 is not below 0.00001."""
+    return float(f"{value:.6g}")
+
+
+def _set_fields(message: tts_pb2.Controls | tts_pb2.Sampling) -> dict[str, Any]:
+    return {field.name: value for field, value in message.ListFields()}
