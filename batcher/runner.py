@@ -160,7 +160,8 @@ class Runner:
             idle = plan.empty and not self.scheduler.waits_for_report
         self._deliver(late)
         if idle:
-            return self._rest()
+            self._rest()
+            return
         outcome = self._run_engine(plan)
         with self._changed:
             deliveries = outcome()

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable
 
@@ -85,8 +84,11 @@ def target(backends: str) -> str:
 
 async def watch(channel: grpc.aio.Channel, changed: Callable[[bool], Awaitable[None]]) -> None:
     """Tells, now and at each change until cancelled, whether any backend is ready."""
+    was: bool | None = None
     while True:
         state = channel.get_state(try_to_connect=True)
-        await changed(state is grpc.ChannelConnectivity.READY)
+        ready = state is grpc.ChannelConnectivity.READY
+        if ready is not was:
+            await changed(ready)
+            was = ready
         await channel.wait_for_state_change(state)
-        await asyncio.sleep(0)

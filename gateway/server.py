@@ -36,7 +36,7 @@ async def serve(settings: Settings) -> None:
 
         async def follow(ready: bool) -> None:
             BACKENDS_READY.set(ready)
-            logger().info("backends", ready=ready)
+            logger().info("backend ready" if ready else "no backend ready", backends=settings.gateway.backends)
             await server.set_serving(ready)
 
         watcher = asyncio.create_task(watch(channel, follow))

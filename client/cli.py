@@ -1,0 +1,252 @@
+"""The command line `chorus`.
+
+Exit codes: 0 done, 1 the call failed, 2 wrong usage, 69 no server answers, 78 wrong settings or a process that cannot
+start, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from client.client import CallError, Client
+from client.say import Said, say
+from common.errors import StartupError
+from common.settings import Settings, load_settings
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNAVAILABLE = 69
+EXIT_CONFIG = 78
+EXIT_INTERRUPTED = 130
+
+HELLO_TEXT = "你好，欢迎使用 Chorus。Hello, and welcome."
+HELLO_FILE = Path("hello.wav")
+
+app = typer.Typer(
+    help="Chorus: text to speech over gRPC. Many voices, one forward pass.",
+    epilog="Exit codes: 0 done, 1 the call failed, 2 wrong usage, 69 no server answers, "
+    "78 wrong settings or a process that cannot start, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="NAME=VALUE", help="A setting, for example service.listen=:50061. May be repeated."),
+]
+AddressOption = Annotated[
+    str, typer.Option("--address", "-a", envvar="CHORUS_ADDRESS", help="Where Chorus listens: HOST:PORT.")
+]
+ParentOption = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+
+@app.command()
+def up(
+    cards: Annotated[int, typer.Option(min=1, help="How many services to start: one for each card.")] = 1,
+    engine: Annotated[str, typer.Option(help="espeak, chattts or tone.", envvar="CHORUS_ENGINE")] = "",
+    hello: Annotated[bool, typer.Option(help=f"Speak a sentence to {HELLO_FILE} once it serves.")] = False,
+    set_: SetOption = [],  # noqa: B006 (typer reads it)
+) -> None:
+    """Start a service for each card and a gateway, here, until Ctrl-C."""
+    from client.up import up as start
+
+    settings = load_settings([*set_, *([f"engine={engine}"] if engine else [])])
+
+    async def then() -> None:
+        if hello:
+            await _hello(settings)
+        _print_next_steps(settings)
+
+    _run(start(settings, cards, err, then), settings.gateway.listen)
+
+
+@app.command()
+def service(set_: SetOption = [], exit_with_parent: ParentOption = False) -> None:  # noqa: B006
+    """Run one service: the process that owns an engine."""
+    _follow_parent(exit_with_parent)
+    from service.server import main
+
+    main(load_settings(set_))
+
+
+@app.command()
+def gateway(set_: SetOption = [], exit_with_parent: ParentOption = False) -> None:  # noqa: B006
+    """Run one gateway: the process that callers talk to."""
+    _follow_parent(exit_with_parent)
+    from gateway.server import main
+
+    main(load_settings(set_))
+
+
+@app.command(name="say")
+def say_command(
+    text: Annotated[str, typer.Argument(help="What to say.")] = "",
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", exists=True, dir_okay=False, help="Say what is in this file.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The WAV file to write.")] = Path("chorus.wav"),
+    voice: Annotated[str, typer.Option(help="A name that `chorus voices` lists.")] = "",
+    stream: Annotated[bool, typer.Option("--stream", help="Ask for a stream, also for a short text.")] = False,
+    address: AddressOption = DEFAULT_ADDRESS,
+) -> None:
+    """Speak a text into a WAV file."""
+    if bool(text) == (file is not None):
+        raise typer.BadParameter("give a text, or a file with -f")
+    words = _read(file) if file is not None else text
+
+    async def call() -> None:
+        async with Client(address) as client:
+            _print_said(await say(client, words, output, voice=voice, stream=stream, console=err))
+
+    _run(call(), address)
+
+
+@app.command()
+def voices(address: AddressOption = DEFAULT_ADDRESS) -> None:
+    """List the voices."""
+
+    async def call() -> None:
+        async with Client(address) as client:
+            table = Table("voice", "sounds like", "speaks", box=None, header_style="bold")
+            for voice in await client.voices():
+                table.add_row(voice.name, voice.description, " ".join(voice.languages))
+            out.print(table)
+
+    _run(call(), address)
+
+
+@app.command()
+def check(address: AddressOption = DEFAULT_ADDRESS) -> None:
+    """Have a word spoken, and fail if it is not: a health check that goes all the way."""
+
+    async def call() -> None:
+        async with Client(address, timeout=10.0) as client:
+            response = await client.synthesize("你好")
+            out.print(f"ok: {response.start.engine}, {response.end.sample_count} samples")
+
+    _run(call(), address)
+
+
+@app.command()
+def config(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Show the settings in effect, with secrets masked. In a file they go as shown; see README for the environment."""
+    values = json.loads(load_settings(set_).model_dump_json())
+    if as_json:
+        out.print_json(json.dumps(values))
+        return
+    lines = [_toml_line(name, value) for name, value in values.items() if not isinstance(value, dict)]
+    for name, section in values.items():
+        if isinstance(section, dict):
+            lines += ["", f"[{name}]", *(_toml_line(leaf, value) for leaf, value in section.items())]
+    out.print("\n".join(lines), markup=False, highlight=False)
+
+
+def _toml_line(name: str, value: Any) -> str:
+    return f"# {name} is not set" if value is None else f"{name} = {json.dumps(value)}"
+
+
+def _run(work: Coroutine[Any, Any, None], address: str) -> None:
+    """Runs a command, and turns what went wrong into words and an exit code."""
+    try:
+        asyncio.run(work)
+    except CallError as error:
+        _explain(error, address)
+        unreachable = error.code is grpc.StatusCode.UNAVAILABLE and not error.reason
+        raise typer.Exit(EXIT_UNAVAILABLE if unreachable else EXIT_FAILED) from None
+    except OSError as error:
+        err.print(f"{error.filename}: {error.strerror}", style="red", markup=False)
+        raise typer.Exit(EXIT_FAILED) from None
+
+
+def _explain(error: CallError, address: str) -> None:
+    if error.code is grpc.StatusCode.UNAVAILABLE and not error.reason:
+        message = f"nothing answers at {address}; start Chorus with `chorus up`, or name it with --address"
+        err.print(message, style="red", markup=False)
+        return
+    if error.fields:
+        for name, description in error.fields.items():
+            err.print(f"{name} {description}", style="red", markup=False)
+        return
+    err.print(f"{error.message} ({error.code.name})", style="red", markup=False)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{file} is not UTF-8 text") from None
+
+
+def _print_said(said: Said) -> None:
+    out.print(
+        f"{said.path}: {said.seconds:.2f} s of speech by {said.engine}, "
+        f"first audio after {said.first_audio_ms:.0f} ms, all after {said.total_ms:.0f} ms",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if said.cut:
+        err.print("a part was longer than the engine speaks at once, and is cut", style="yellow")
+
+
+async def _hello(settings: Settings) -> None:
+    async with Client(settings.gateway.listen) as client:
+        _print_said(await say(client, HELLO_TEXT, HELLO_FILE, voice="", stream=True, console=err))
+
+
+def _print_next_steps(settings: Settings) -> None:
+    address = settings.gateway.listen
+    method = "chorus.v1.TextToSpeechService/Synthesize"
+    out.print(
+        f"""
+Chorus serves on {address} with the {settings.engine} engine. Try, in another terminal:
+
+  chorus say "你好" -o hello.wav
+  chorus voices
+  grpcurl -plaintext -d '{{"text": "你好"}}' {address} {method} | jq -r .audio | base64 -d > hello.wav
+  buf curl --protocol grpc --http2-prior-knowledge -d '{{"text": "你好"}}' http://{address}/{method}
+
+Ctrl-C stops everything.""",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _follow_parent(wanted: bool) -> None:
+    if wanted:
+        from common.process import exit_with_parent
+
+        exit_with_parent()
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        app()
+    except StartupError as error:
+        err.print(str(error), style="red", markup=False)
+        sys.exit(EXIT_CONFIG)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()
