@@ -52,6 +52,8 @@ class Counters:
     steps: int = 0
     row_steps: int = 0
     joins: int = 0
+    samples: int = 0
+    """Samples made for readers."""
     submitted: int = 0
     completed: int = 0
     cancelled: int = 0
@@ -287,7 +289,9 @@ class Scheduler:
         if row is not request.rows[request.head] or pcm.start_sample != row.samples:
             return self._fail([request], RowFailedError("the engine's samples have a gap"))
         audio = Audio(pcm.data, request.samples + row.samples)
-        row.samples += len(pcm.data) // BYTES_PER_SAMPLE
+        samples = len(pcm.data) // BYTES_PER_SAMPLE
+        row.samples += samples
+        self.counters.samples += samples
         row.vocoded = pcm.to_step
         return [(request, audio)]
 

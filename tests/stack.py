@@ -113,9 +113,9 @@ class Stack:
         self._folder = folder
         self._servers: list[Server] = []
 
-    async def service(self, *, engine: str = "tone", wait: bool = True, **settings: object) -> Server:
-        """A service. Settings as `section_name=value`."""
-        return await self._start("service", {"engine": engine} | settings, wait)
+    async def service(self, *, wait: bool = True, **settings: object) -> Server:
+        """A service, with the tone engine if not told otherwise. Settings as `section_name=value`."""
+        return await self._start("service", {"engine": "tone"} | settings, wait)
 
     async def gateway(self, *backends: Server, wait: bool = True, **settings: object) -> Server:
         """A gateway in front of services."""
@@ -124,8 +124,8 @@ class Stack:
 
     async def pair(self, **settings: object) -> tuple[Server, Server]:
         """A service, and a gateway in front of it."""
-        service = await self.service(**settings)  # type: ignore[arg-type]
-        return service, await self.gateway(service, **settings)
+        service = await self._start("service", {"engine": "tone"} | settings, wait=True)
+        return service, await self._start("gateway", {"gateway_backends": service.address} | settings, wait=True)
 
     async def _start(self, role: str, settings: Mapping[str, object], wait: bool) -> Server:
         address, metrics = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"

@@ -1,0 +1,48 @@
+# The process that owns an engine, on an NVIDIA GPU. Build from the repository's root:
+#   docker build -f deploy/service-cuda.Dockerfile -t chorus-service:cuda .
+# Run it with `--gpus device=0`: one process a card.
+#
+# The extra `chattts` is not in pyproject.toml yet: until it is, pip warns and leaves it out, and the image speaks with
+# CHORUS_ENGINE=espeak only.
+FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04 AS python
+
+# Ubuntu keeps no old versions of its packages, so a pinned one breaks the build with the next update. Python is 3.12.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+
+FROM python AS build
+
+WORKDIR /src
+RUN python3 -m venv /opt/chorus
+ENV PATH=/opt/chorus/bin:$PATH
+COPY . .
+RUN pip install --no-cache-dir -c constraints.txt '.[service,chattts]'
+
+
+FROM python
+
+# The model is fetched into .cache at the first start. Mount a volume there to keep it; it is made here so that a new
+# volume belongs to the user.
+RUN useradd --create-home --uid 10001 chorus \
+    && install -d -o chorus -g chorus /home/chorus/.cache
+COPY --from=build /opt/chorus /opt/chorus
+USER 10001:10001
+WORKDIR /home/chorus
+
+# CHORUS_SECRET, which gateways and services share, comes from outside: an image is no place for it.
+# CHORUS_ADDRESS is where `chorus check` finds this very process.
+ENV PATH=/opt/chorus/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    CHORUS_ENGINE=chattts \
+    CHORUS_SERVICE_LISTEN=0.0.0.0:50061 \
+    CHORUS_SERVICE_METRICS_LISTEN=0.0.0.0:9461 \
+    CHORUS_ADDRESS=127.0.0.1:50061
+EXPOSE 50061 9461
+
+# Speaks a word. The long start is for fetching and loading the model.
+HEALTHCHECK --interval=30s --timeout=20s --start-period=600s --retries=3 CMD ["chorus", "check"]
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["chorus", "service"]
