@@ -50,7 +50,7 @@ SetOption = Annotated[
 AddressOption = Annotated[
     str, typer.Option("--address", "-a", envvar="CHORUS_ADDRESS", help="Where Chorus listens: HOST:PORT.")
 ]
-ParentOption = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
+ParentOption = Annotated[int, typer.Option("--exit-with-parent", hidden=True)]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
@@ -75,7 +75,7 @@ def up(
 
 
 @app.command()
-def service(set_: SetOption = [], exit_with_parent: ParentOption = False) -> None:  # noqa: B006
+def service(set_: SetOption = [], exit_with_parent: ParentOption = 0) -> None:  # noqa: B006
     """Run one service: the process that owns an engine."""
     _follow_parent(exit_with_parent)
     from service.server import main
@@ -84,7 +84,7 @@ def service(set_: SetOption = [], exit_with_parent: ParentOption = False) -> Non
 
 
 @app.command()
-def gateway(set_: SetOption = [], exit_with_parent: ParentOption = False) -> None:  # noqa: B006
+def gateway(set_: SetOption = [], exit_with_parent: ParentOption = 0) -> None:  # noqa: B006
     """Run one gateway: the process that callers talk to."""
     _follow_parent(exit_with_parent)
     from gateway.server import main
@@ -230,11 +230,11 @@ Ctrl-C stops everything.""",
     )
 
 
-def _follow_parent(wanted: bool) -> None:
-    if wanted:
+def _follow_parent(parent: int) -> None:
+    if parent:
         from common.process import exit_with_parent
 
-        exit_with_parent()
+        exit_with_parent(parent)
 
 
 def main() -> None:

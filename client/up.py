@@ -39,7 +39,7 @@ class Child:
     async def start(self) -> None:
         """Starts it, in a session of its own, so that Ctrl-C reaches us alone."""
         self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "client.cli", self.role, "--exit-with-parent"),
+            *(sys.executable, "-m", "client.cli", self.role, "--exit-with-parent", str(os.getpid())),
             env={**os.environ, **self.variables},
             start_new_session=True,
         )

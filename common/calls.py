@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from common import metrics
-from common.errors import ChorusError, Internal, ResourceExhausted, Unimplemented, abort
+from common.errors import ChorusError, Internal, ResourceExhausted, Unimplemented, abort, quoted
 from common.logs import logger
 from common.metadata import REQUEST_ID, Metadata, as_metadata, request_id
 
@@ -26,6 +26,9 @@ Identify = Callable[[Metadata, str], str]
 
 PLAIN_SERVICES = ("/grpc.health.", "/grpc.reflection.")
 """Neither counted, limited nor logged."""
+
+UNKNOWN_METHOD = "unknown"
+"""What metrics and logs call every method that there is not: its name is its caller's, and there may be any number."""
 
 
 class Call:
@@ -66,9 +69,9 @@ class CallFrame(grpc.aio.ServerInterceptor):
         """Puts the frame round a method, also round one that does not exist."""
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
-        if method.startswith(PLAIN_SERVICES) and handler is not None:
-            return handler
-        return self._framed(method.lstrip("/"), handler or _unknown_method(method))
+        if handler is None:
+            return self._framed(UNKNOWN_METHOD, _unknown_method(method))
+        return handler if method.startswith(PLAIN_SERVICES) else self._framed(method.lstrip("/"), handler)
 
     def _framed(self, method: str, handler: Any) -> Handler:
         unary: Callable[[Any, Context], Awaitable[Any]] | None = handler.unary_unary or handler.stream_unary
@@ -77,13 +80,13 @@ class CallFrame(grpc.aio.ServerInterceptor):
         )
 
         async def answer(request: Any, context: Context) -> Any:
-            async with self._frame(method, request, context):
+            async with self._frame(method, context):
                 assert unary is not None
-                return await unary(request, context)
+                return await unary(_checked(request), context)
 
         async def answer_many(request: Any, context: Context) -> None:
             assert stream is not None
-            async with self._frame(method, request, context), aclosing(stream(request, context)) as messages:
+            async with self._frame(method, context), aclosing(stream(_checked(request), context)) as messages:
                 async for message in messages:
                     await context.write(message)
 
@@ -100,7 +103,7 @@ class CallFrame(grpc.aio.ServerInterceptor):
         )
 
     @asynccontextmanager
-    async def _frame(self, method: str, request: Any, context: Context) -> AsyncIterator[None]:
+    async def _frame(self, method: str, context: Context) -> AsyncIterator[None]:
         metadata = as_metadata(context.invocation_metadata())
         call = Call(method, request_id(metadata))
         _CALL.set(call)
@@ -110,8 +113,6 @@ class CallFrame(grpc.aio.ServerInterceptor):
         code = "OK"
         try:
             self._check_room()
-            if request is _GARBAGE:
-                raise _garbage_error()
             call.tenant = self._identify(metadata, context.peer())
             yield
         except ChorusError as error:
@@ -178,13 +179,25 @@ def _careful(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], An
     return careful
 
 
-def _garbage_error() -> ChorusError:
-    """INTERNAL is what gRPC's own documentation names for a message that cannot be parsed."""
-    return Internal("the request's bytes are no message of the method's type", "MALFORMED_MESSAGE")
+def _checked(request: Any) -> Any:
+    """A request, or an iterator of requests, that is no garbage.
+
+    Raises:
+        Internal: that is what gRPC's own documentation names for a message that cannot be parsed.
+    """
+    if request is _GARBAGE:
+        raise Internal("the request's bytes are no message of the method's type", "MALFORMED_MESSAGE")
+    return _each_checked(request) if isinstance(request, AsyncIterator) else request
+
+
+async def _each_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _checked(request)
 
 
 def _unknown_method(method: str) -> Handler:
     async def refuse(request: bytes, context: Context) -> bytes:
-        raise Unimplemented(f"there is no method {method}; server reflection lists what there is", "METHOD_NOT_FOUND")
+        message = f"there is no method {quoted(method)}; server reflection lists what there is"
+        raise Unimplemented(message, "METHOD_NOT_FOUND")
 
     return grpc.unary_unary_rpc_method_handler(refuse)

@@ -36,6 +36,10 @@ DOMAIN = "chorus"
 PUSHBACK = "grpc-retry-pushback-ms"
 """Trailer that tells gRPC's own retries how long to wait."""
 
+# An error travels in headers, twice: as its message and in its details. Clients take 8 KiB of them in all.
+QUOTED_CHARACTERS = 80
+DEBUG_BYTES = 3072
+
 
 class StartupError(Exception):
     """A process cannot start. The text tells a person what to do."""
@@ -47,6 +51,11 @@ class Violation:
 
     field: str
     description: str
+
+
+def quoted(words: str) -> str:
+    """A caller's own words as a message says them: cut short, and nothing in them but what can be printed."""
+    return repr(words if len(words) <= QUOTED_CHARACTERS else words[:QUOTED_CHARACTERS] + "…")
 
 
 class ChorusError(Exception):
@@ -74,7 +83,7 @@ class ChorusError(Exception):
             retry_after: seconds.
             violations: the faulty fields, for BadRequest.
             quota: the limit that was met, for QuotaFailure.
-            debug: for DebugInfo; set only where CHORUS_DEBUG is.
+            debug: for DebugInfo, its end if it is long; set only where CHORUS_DEBUG is.
         """
         super().__init__(message)
         self.message = message
@@ -108,7 +117,8 @@ class ChorusError(Exception):
             delay.FromMilliseconds(self.retry_after_ms)
             details.append(error_details_pb2.RetryInfo(retry_delay=delay))
         if self.debug is not None:
-            details.append(error_details_pb2.DebugInfo(detail=self.debug))
+            end = self.debug.encode()[-DEBUG_BYTES:].decode(errors="ignore")
+            details.append(error_details_pb2.DebugInfo(detail=end))
         return details
 
     @property

@@ -10,12 +10,13 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def exit_with_parent() -> None:
-    """Has this process told to stop when its parent dies, however it dies. Does nothing where there is no Linux."""
+def exit_with_parent(parent: int) -> None:
+    """Has this process told to stop when its parent dies, however it dies. Does nothing where there is no Linux.
+
+    `parent`: the id of the process that started this one, in its own words: by now it may be dead.
+    """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
     if os.getppid() != parent:
-        # It died before we asked.
         sys.exit(0)

@@ -15,19 +15,36 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from common.errors import StartupError
 
 
 def _check_address(address: str) -> str:
-    _, colon, port = address.rpartition(":")
-    if not address.startswith("unix:") and not (colon and port.isdecimal() and int(port) < 65536):
+    if not address.startswith("unix:") and not _is_host_port(address):
         raise ValueError("must be HOST:PORT or unix:PATH")
     return address
 
 
+def _check_http_address(address: str) -> str:
+    if not _is_host_port(address):
+        raise ValueError("must be HOST:PORT")
+    return address
+
+
+def _is_host_port(address: str) -> bool:
+    _, colon, port = address.rpartition(":")
+    return bool(colon) and port.isdecimal() and int(port) < 65536
+
+
 Address = Annotated[str, AfterValidator(_check_address)]
+HttpAddress = Annotated[str, AfterValidator(_check_http_address)]
 Seconds = Annotated[float, Field(ge=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -65,7 +82,7 @@ class ServiceSettings(Section):
     """The process that owns an engine."""
 
     listen: Address = "127.0.0.1:50061"
-    metrics_listen: Address = "127.0.0.1:9461"
+    metrics_listen: HttpAddress = "127.0.0.1:9461"
     drain_seconds: Seconds = 5.0
     """After SIGTERM: how long calls are still accepted while balancers notice."""
     grace_seconds: Seconds = 60.0
@@ -76,7 +93,7 @@ class GatewaySettings(Section):
     """The process that callers talk to."""
 
     listen: Address = "127.0.0.1:50051"
-    metrics_listen: Address = "127.0.0.1:9451"
+    metrics_listen: HttpAddress = "127.0.0.1:9451"
     backends: str = "127.0.0.1:50061"
     """Services: `HOST:PORT`, several separated by commas, or one target that gRPC resolves, such as `dns:///name:port`."""
     deadline_margin: Seconds = 0.05
@@ -155,7 +172,7 @@ class Settings(BaseSettings):
     engine: Literal["espeak", "chattts", "tone"] = "espeak"
     debug: bool = False
     """Tell callers what went wrong inside (google.rpc.DebugInfo). Never in production."""
-    secret: SecretStr | None = None
+    secret: Annotated[SecretStr, Field(min_length=1)] | None = None
     """What gateways and services share, so that a service knows its gateways. Without it only loopback is trusted."""
     log: LogSettings = LogSettings()
     limits: LimitSettings = LimitSettings()
@@ -187,7 +204,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     """`["service.listen=:1", "debug=true"]` as nested values, in the shape of `Settings`.
 
     Raises:
-        StartupError: an assignment has no `=`.
+        StartupError: an assignment has no `=`, or contradicts one before it.
     """
     values: dict[str, Any] = {}
     for assignment in assignments:
@@ -198,6 +215,8 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         target = values
         for section in sections:
             target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise StartupError(f"--set {assignment}: {section} has a value already, so it cannot have parts")
         target[leaf] = value
     return values
 
@@ -213,8 +232,10 @@ def load_settings(assignments: Sequence[str] = ()) -> Settings:
     except ValidationError as error:
         faults = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
         raise StartupError(f"these settings are wrong:\n{faults}\n`chorus config` shows all there are") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise StartupError(f"{settings_file()} is not TOML: {error}") from None
+    except SettingsError as error:
+        raise StartupError(f"these settings cannot be read: {error}") from None
 
 
 def environment(settings: Settings) -> dict[str, str]:

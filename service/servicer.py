@@ -12,7 +12,7 @@ from audio.formats import SERVED, Format
 from batcher.engine import Segment
 from batcher.runner import Runner
 from common.calls import Context, current_call
-from common.errors import InvalidArgument, NotFound, OutOfRange, Unimplemented, Violation
+from common.errors import InvalidArgument, NotFound, OutOfRange, Unimplemented, Violation, quoted
 from common.metadata import ORCA_LOAD, REQUEST_ID
 from common.settings import Settings
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
@@ -98,10 +98,13 @@ class Servicer(
 
     async def ListVoices(self, request: tts_pb2.ListVoicesRequest, context: Context) -> tts_pb2.ListVoicesResponse:
         """A page of voices; the token is the last name of the page before."""
+        faults = []
         if not 0 <= request.page_size <= 1000:
-            raise InvalidArgument.of([Violation("page_size", f"is {request.page_size}; it goes from 0 to 1000")])
+            faults.append(Violation("page_size", f"is {request.page_size}; it goes from 0 to 1000"))
         if request.page_token and request.page_token not in VOICES:
-            raise InvalidArgument.of([Violation("page_token", "is none that a reply gave")])
+            faults.append(Violation("page_token", "is none that a reply gave"))
+        if faults:
+            raise InvalidArgument.of(faults)
         names = [name for name in self._engine.voices if name > request.page_token]
         page = names[: request.page_size or DEFAULT_PAGE]
         return tts_pb2.ListVoicesResponse(
@@ -113,7 +116,7 @@ class Servicer(
         """One voice by its name."""
         if request.name not in self._engine.voices:
             known = ", ".join(self._engine.voices)
-            raise NotFound(f"there is no voice {request.name!r}; there are {known}", "VOICE_NOT_FOUND")
+            raise NotFound(f"there is no voice {quoted(request.name)}; there are {known}", "VOICE_NOT_FOUND")
         return tts_pb2.GetVoiceResponse(voice=self._voice(request.name))
 
     async def GetServerInfo(

@@ -131,21 +131,22 @@ def _language_faults(language: str, engine: SpeechEngine) -> list[Violation]:
 
 
 def _format(asked: tts_pb2.AudioFormat, engine_rate: int) -> tuple[Format | None, list[Violation]]:
+    container, faults = _member("container", tts_pb2.Container, Container, asked.container)
+    codec, codec_faults = _member("codec", tts_pb2.Codec, Codec, asked.codec)
+    # What does not go into an unknown container cannot be told.
+    codec = None if faults else codec
+    faults += codec_faults
     try:
-        container = _member(tts_pb2.Container, "CONTAINER_", Container, asked.container)
-        codec = _member(tts_pb2.Codec, "CODEC_", Codec, asked.codec)
-        return resolve(container, codec, asked.sample_rate_hertz, engine_rate), []
+        return resolve(container, codec, asked.sample_rate_hertz, engine_rate), faults
     except FormatError as error:
-        return None, [Violation(f"format.{field}", description) for field, description in error.faults]
+        return None, [*faults, *(Violation(f"format.{field}", description) for field, description in error.faults)]
 
 
-def _member(wire: Any, prefix: str, plain: Any, number: int) -> Any:
-    """A wire enum's number as a member of ours; `None` where it is not set."""
-    if number == 0:
-        return None
+def _member(field: str, wire: Any, plain: Any, number: int) -> tuple[Any, list[Violation]]:
+    """A wire enum's number as a member of ours, `None` where it is not set; and what is wrong with it."""
     if number not in wire.values():
-        raise FormatError([(prefix[:-1].lower(), f"{number} is no value of the enum")])
-    return plain[wire.Name(number).removeprefix(prefix)]
+        return None, [Violation(f"format.{field}", f"{number} is no value of the enum")]
+    return plain.__members__.get(wire.Name(number).removeprefix(f"{field.upper()}_")), []
 
 
 def _range_faults(group: str, message: tts_pb2.Controls | tts_pb2.Sampling) -> list[Violation]:

@@ -6,7 +6,7 @@ import hmac
 
 from pydantic import SecretStr
 
-from common.errors import PermissionDenied
+from common.errors import PermissionDenied, quoted
 from common.metadata import INTERNAL_PREFIX, INTERNAL_SECRET, INTERNAL_TENANT, Metadata, text_value
 
 DIRECT_TENANT = "direct"
@@ -28,7 +28,8 @@ def tenant_of(metadata: Metadata, peer: str, secret: SecretStr | None) -> str:
         return DIRECT_TENANT
     if not _is_gateway(metadata, peer, secret):
         raise PermissionDenied(
-            f"metadata {', '.join(internal)} is for gateways; leave it out, or call a gateway", "INTERNAL_METADATA"
+            f"metadata {quoted(', '.join(internal))} is for gateways; leave it out, or call a gateway",
+            "INTERNAL_METADATA",
         )
     return text_value(metadata, INTERNAL_TENANT) or DIRECT_TENANT
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterable, Sequence
 from dataclasses import dataclass, field
 
 from protos.chorus.v1 import tts_pb2
@@ -47,7 +47,7 @@ class Heard:
             verify(bytes(self.audio), identities(spoken, seed), whole=False)
 
 
-async def hear(responses: AsyncIterator[tts_pb2.StreamSynthesizeResponse], heard: Heard) -> None:
+async def hear(responses: AsyncIterable[tts_pb2.StreamSynthesizeResponse], heard: Heard) -> None:
     """Reads a stream to its end."""
     async for response in responses:
         heard.take(response)

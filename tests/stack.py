@@ -135,7 +135,7 @@ class Stack:
         log_path = self._folder / f"{role}-{len(self._servers)}.log"
         with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "client.cli", role, "--exit-with-parent"),
+                *(sys.executable, "-m", "client.cli", role, "--exit-with-parent", str(os.getpid())),
                 cwd=ROOT,
                 env=clean | environment | {"TMPDIR": str(self._folder)},
                 stdout=log,

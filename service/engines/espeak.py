@@ -54,7 +54,8 @@ class _Language:
     letter_seconds: float
     pause_seconds: float = 0.3
     """For each run of punctuation."""
-    words_per_minute: int = 175
+    syllable_seconds: float = 0.22
+    """For each Chinese character."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +81,14 @@ LANGUAGES = MappingProxyType(
         "pt-BR": _Language("roa/pt-BR", 0.070),
         "ru": _Language("zle/ru", 0.058),
         "yue": _Language("sit/yue", 0.055, 0.2),
-        "zh-CN": _Language("sit/cmn", 0.055, 0.2, words_per_minute=200),
+        "zh-CN": _Language("sit/cmn", 0.065, 0.23, syllable_seconds=0.26),
     }
 )
-SYLLABLE_SECONDS = 0.22
 DIGIT_SECONDS = 0.26
 P90 = 1.2
 
+WORDS_PER_MINUTE = 175
+"""The pace of espeak-ng itself."""
 RATE_EXPONENT = 0.87
 """Speech becomes shorter faster than its words per minute rise: with this, twice the speed is about half as long."""
 
@@ -131,7 +133,7 @@ def predict(segment: Segment) -> Prediction:
     language, text = read_as(segment), segment.text
     syllables = len(_SYLLABLE.findall(text))
     seconds = (
-        syllables * SYLLABLE_SECONDS
+        syllables * language.syllable_seconds
         + (len(_LETTER.findall(text)) - syllables) * language.letter_seconds
         + len(_DIGIT.findall(text)) * DIGIT_SECONDS
         + len(_PAUSE.findall(text)) * language.pause_seconds
@@ -151,7 +153,7 @@ def _request(ref: RowRef, segment: Segment) -> bytes:
         KeyError: the segment's language or voice does not exist.
     """
     language, voice = read_as(segment), VOICES[segment.voice]
-    rate = round(language.words_per_minute * (voice.tempo * segment.controls.speed) ** RATE_EXPONENT)
+    rate = round(WORDS_PER_MINUTE * (voice.tempo * segment.controls.speed) ** RATE_EXPONENT)
     fields = (ref.row, f"{language.file}+{voice.variant}", rate, voice.pitch, MAX_STEPS * SAMPLES_PER_STEP)
     text = segment.text.translate(_CONTROLS)
     return pack(*(str(field).encode("utf-8", "replace") for field in (*fields, text)))
