@@ -220,7 +220,8 @@ Chorus serves on {address} with the {settings.engine} engine. Try, in another te
 
   chorus say "你好" -o hello.wav
   chorus voices
-  grpcurl -plaintext -d '{{"text": "你好"}}' {address} {method} | jq -r .audio | base64 -d > hello.wav
+  grpcurl -plaintext -d '{{"text": "你好"}}' {address} {method} \\
+    | sed -n 's/.*"audio": *"\\([^"]*\\)".*/\\1/p' | base64 -d > hello.wav
   buf curl --protocol grpc --http2-prior-knowledge -d '{{"text": "你好"}}' http://{address}/{method}
 
 Ctrl-C stops everything.""",

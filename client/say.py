@@ -92,7 +92,7 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.fields[seconds]:.1f} s of audio in"),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _show(progress: Progress, task: TaskID, mark: tts_pb2.SegmentMark, rate: int) -> None:
