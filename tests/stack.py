@@ -141,7 +141,8 @@ class Stack:
                 stdout=log,
                 stderr=log,
             )
-        server = Server(role, address, metrics, log_path, process)
+        listening = str(settings.get(f"{role}_listen", address))
+        server = Server(role, listening, metrics, log_path, process)
         self._servers.append(server)
         return await server.until_healthy() if wait else server
 
