@@ -6,11 +6,14 @@ import asyncio
 import signal
 import sys
 from collections.abc import Coroutine, Iterable
+from contextlib import suppress
+from typing import Any
 
 import grpc
 import grpc.aio
 import uvloop
 from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.rpc import error_details_pb2  # noqa: F401 (so that reflection can resolve the details of errors)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -132,12 +135,27 @@ def _describe_reflection_v1() -> None:
     descriptor_pool.Default().Add(v1)
 
 
+class _Symbols:
+    """The descriptors of this process for reflection. Their own pool does not find a method by its name."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(descriptor_pool.Default(), name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:  # noqa: N802 (the pool's name)
+        """The file that has a message, an enum, a service or a method."""
+        pool = descriptor_pool.Default()
+        with suppress(KeyError):
+            return pool.FindMethodByName(symbol).containing_service.file
+        return pool.FindFileContainingSymbol(symbol)
+
+
 def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
     """Serves reflection under both names: newer clients ask for v1 first. The messages are the same."""
     _describe_reflection_v1()
     names = (*services, "grpc.health.v1.Health", reflection.SERVICE_NAME, REFLECTION_V1)
-    reflection.enable_server_reflection(names, server)
-    servicer = reflection.aio.ReflectionServicer(names)
+    symbols: Any = _Symbols()
+    reflection.enable_server_reflection(names, server, symbols)
+    servicer = reflection.aio.ReflectionServicer(names, symbols)
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,

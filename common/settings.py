@@ -153,7 +153,7 @@ class ToneSettings(Section):
     trace: Path | None = None
     """A file with a number of steps on each line: the lengths of the rows, in the order in which they join."""
     faults: str = ""
-    """Faults to inject, see `service/engines/tone.py`."""
+    """Faults to inject, see `service/engines/tone_faults.py`."""
     card: str = "0"
     """Processes that name the same card share its time."""
 

@@ -34,7 +34,7 @@ from batcher.engine import (
 from common.errors import StartupError
 from common.settings import ToneSettings
 from service.engines.base import SpeechEngine
-from service.engines.tone import PROMPT_TOKENS, ToneEngine, h200, parse_faults
+from service.engines.tone import PROMPT_TOKENS, ToneEngine, h200
 from service.engines.tone_code import (
     AMPLITUDE,
     BYTES_PER_STEP,
@@ -50,6 +50,7 @@ from service.engines.tone_code import (
     speech_crc,
     verify,
 )
+from service.engines.tone_faults import parse_faults
 
 ROOT = Path(__file__).parent.parent
 UNHURRIED = settings(deadline=None)

@@ -1,35 +1,18 @@
 """The engine for tests, load and benchmarks: it costs and fails as its settings say. It does not speak.
 
 It works step by step like an autoregressive model. Its time follows a cost model, its sound carries who asked for what
-(`service/engines/tone_code.py`), and it fails on demand.
-
-Faults, separated by `;` (so TEXT has none). Steps are counted from when the faults were set.
-
-    row:TEXT        rows whose text contains TEXT fail alone, in their first step
-    row@STEP:TEXT   … in their STEP-th step; 0: in their prefill
-    empty:TEXT      rows whose text contains TEXT end in their prefill, with no step and no samples
-    long:TEXT       rows whose text contains TEXT never end by themselves: LENGTH after `max_steps`
-    step@N          the N-th step raises RuntimeError: the engine failed and has forgotten all rows
-    slow@N:MS       the N-th step takes MS milliseconds more
-    oom@N           the plan whose steps reach the N-th is refused for want of memory, once
-    oom>ROWS        every plan that computes with more than ROWS rows in slots is refused for want of memory
+(`service/engines/tone_code.py`), and it fails on demand (`tone_faults.py`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
-import re
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-from urllib.parse import quote
 
 from batcher.engine import (
     Caps,
@@ -47,7 +30,9 @@ from batcher.engine import (
 )
 from common.errors import StartupError
 from common.settings import ToneSettings
+from service.engines.tone_card import Card
 from service.engines.tone_code import BYTES_PER_STEP, SAMPLES_PER_STEP, Identity, RowCode, Span, encode_spans, row_code
+from service.engines.tone_faults import Faults, parse_faults
 from service.voices import VOICES
 
 SAMPLE_RATE_HERTZ = 24_000
@@ -55,19 +40,6 @@ PROMPT_TOKENS = 16
 """Tokens of a prompt besides its text, which has one a character."""
 TYPICAL_KV = 250
 """Tokens of KV a row, for `Caps.step_seconds`."""
-MAX_CARRY_SECONDS = 0.1
-"""More than this is not made up for: a process that was suspended must not run free afterwards."""
-
-_FORMS = {
-    "row:TEXT": r"(?P<kind>row):(?P<text>.+)",
-    "row@STEP:TEXT": r"(?P<kind>row)@(?P<number>\d+):(?P<text>.+)",
-    "empty:TEXT": r"(?P<kind>empty):(?P<text>.+)",
-    "long:TEXT": r"(?P<kind>long):(?P<text>.+)",
-    "step@N": r"(?P<kind>step)@(?P<number>[1-9]\d*)",
-    "slow@N:MS": r"(?P<kind>slow)@(?P<number>[1-9]\d*):(?P<ms>\d+(\.\d+)?)",
-    "oom@N": r"(?P<kind>oom)@(?P<number>[1-9]\d*)",
-    "oom>ROWS": r"(?P<kind>oom>)(?P<number>\d+)",
-}
 
 
 def h200(slowdown: float = 1.0, slots: int = 256) -> ToneSettings:
@@ -93,94 +65,6 @@ def h200(slowdown: float = 1.0, slots: int = 256) -> ToneSettings:
         prefill_token_ms=slowdown * 2 * 190.7e6 / flop_per_ms,
         vocode_step_ms=slowdown * 7e9 * SAMPLES_PER_STEP / SAMPLE_RATE_HERTZ / flop_per_ms,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One fault of the grammar. `number` is its STEP, N or ROWS."""
-
-    kind: str
-    number: int = 1
-    text: str = ""
-    ms: float = 0.0
-
-
-def parse_faults(faults: str) -> tuple[Fault, ...]:
-    """Reads the grammar above.
-
-    Raises:
-        StartupError: names what is wrong and the valid forms.
-    """
-    return tuple(_parse_fault(part.strip()) for part in faults.split(";") if part.strip())
-
-
-def _parse_fault(fault: str) -> Fault:
-    for pattern in _FORMS.values():
-        if match := re.fullmatch(pattern, fault, re.DOTALL):
-            parts = match.groupdict()
-            return Fault(
-                parts["kind"], int(parts.get("number") or 1), parts.get("text") or "", float(parts.get("ms") or 0)
-            )
-    raise StartupError(f"tone.faults: {fault!r} is no fault; the forms are {', '.join(_FORMS)}, separated by ;")
-
-
-@dataclass(slots=True)
-class _Faults:
-    """The faults in effect, and which of those that happen once have happened."""
-
-    given: tuple[Fault, ...]
-    since_step: int
-    spent: set[Fault] = field(default_factory=set)
-
-    def naming(self, kind: str, text: str) -> Fault | None:
-        """The first of a kind that is meant for this text."""
-        return next((fault for fault in self.given if fault.kind == kind and fault.text in text), None)
-
-    def at(self, kind: str, first: int, last: int) -> Fault | None:
-        """The first of a kind that is meant for one of these steps, counted from the engine's start."""
-        steps = range(first - self.since_step, last - self.since_step + 1)
-        return next((fault for fault in self.given if fault.kind == kind and fault.number in steps), None)
-
-
-class Card:
-    """A device whose time is shared by all processes of this user that name it.
-
-    Whoever computes holds a lock on a file, so the others wait. What was computed meanwhile counts; what a sleep took
-    too long or too short is made up for by the next one: the rate is right on average.
-    """
-
-    def __init__(self, name: str, sleep: Callable[[float], None], clock: Callable[[], float]) -> None:
-        self.lock_file = Path(tempfile.gettempdir(), f"chorus-card-{os.getuid()}-{quote(name, safe='')}.lock")
-        self._sleep = sleep
-        self._clock = clock
-        self._descriptor: int | None = None
-        self._since = 0.0
-        self._carried = 0.0
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Holds the card; waits for it while another holds it."""
-        if self._descriptor is None:
-            self._descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        self._since = self._clock()
-        try:
-            yield
-        finally:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-
-    def spend(self, seconds: float) -> None:
-        """Sleeps until the card, which must be held, has been held for so long."""
-        end = self._since + seconds + self._carried
-        if (rest := end - self._clock()) > 0:
-            self._sleep(rest)
-        self._carried = min(max(end - self._clock(), -MAX_CARRY_SECONDS), MAX_CARRY_SECONDS)
-
-    def close(self) -> None:
-        """Closes the file. It stays: others may hold it."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 @dataclass(slots=True, eq=False)
@@ -290,7 +174,7 @@ class ToneEngine:
 
     @faults.setter
     def faults(self, faults: str) -> None:
-        self._faults = _Faults(parse_faults(faults), self.step_calls)
+        self._faults = Faults(parse_faults(faults), self.step_calls)
         self._faults_text = faults
 
     @property
