@@ -7,9 +7,10 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from contextvars import ContextVar
-from typing import Any, TypeAlias, cast
+from functools import partial
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -40,7 +41,8 @@ class Call:
         self.request_id = request_id
         self.arrived = time.monotonic()
         self.facts: dict[str, Any] = {}
-        self.error: ChorusError | None = None
+        self.code = "OK"
+        self.reason: str | None = None
 
 
 _CALL: ContextVar[Call] = ContextVar("call")
@@ -60,6 +62,7 @@ class CallFrame(grpc.aio.ServerInterceptor):
         self._max_calls = max_calls
         self._debug = debug
         self._active = 0
+        self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
@@ -68,68 +71,49 @@ class CallFrame(grpc.aio.ServerInterceptor):
     ) -> Handler:
         """Puts the frame round a method, also round one that does not exist."""
         method = handler_call_details.method
+        if (known := self._handlers.get(method)) is not None:
+            return known
         handler = await continuation(handler_call_details)
         if handler is None:
-            return self._framed(UNKNOWN_METHOD, _unknown_method(method))
-        return handler if method.startswith(PLAIN_SERVICES) else self._framed(method.lstrip("/"), handler)
-
-    def _framed(self, method: str, handler: Any) -> Handler:
-        unary: Callable[[Any, Context], Awaitable[Any]] | None = handler.unary_unary or handler.stream_unary
-        stream: Callable[[Any, Context], AsyncGenerator[Any, None]] | None = (
-            handler.unary_stream or handler.stream_stream
-        )
-
-        async def answer(request: Any, context: Context) -> Any:
-            async with self._frame(method, context):
-                assert unary is not None
-                return await unary(_checked(request), context)
-
-        async def answer_many(request: Any, context: Context) -> None:
-            assert stream is not None
-            async with self._frame(method, context), aclosing(stream(_checked(request), context)) as messages:
-                async for message in messages:
-                    await context.write(message)
-
-        kind = ("stream" if handler.request_streaming else "unary") + (
-            "_stream_rpc_method_handler" if handler.response_streaming else "_unary_rpc_method_handler"
-        )
-        return cast(
-            "Handler",
-            getattr(grpc, kind)(
-                answer_many if handler.response_streaming else answer,
-                request_deserializer=_careful(handler.request_deserializer),
-                response_serializer=handler.response_serializer,
-            ),
-        )
+            return _wrapped(_unknown_method(method), partial(self._frame, UNKNOWN_METHOD))
+        plain = method.startswith(PLAIN_SERVICES)
+        frame = partial(self._told, Call(method, "")) if plain else partial(self._frame, method.lstrip("/"))
+        return self._handlers.setdefault(method, _wrapped(handler, frame))
 
     @asynccontextmanager
     async def _frame(self, method: str, context: Context) -> AsyncIterator[None]:
+        """A call of ours: counted, limited, logged."""
         metadata = as_metadata(context.invocation_metadata())
         call = Call(method, request_id(metadata))
         _CALL.set(call)
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         self._active += 1
         metrics.CALLS_ACTIVE.inc()
-        code = "OK"
         try:
-            self._check_room()
-            call.tenant = self._identify(metadata, context.peer())
+            async with self._told(call, context):
+                self._check_room()
+                call.tenant = self._identify(metadata, context.peer())
+                yield
+        finally:
+            self._active -= 1
+            _close(call)
+
+    @asynccontextmanager
+    async def _told(self, call: Call, context: Context) -> AsyncIterator[None]:
+        """Tells a caller what went wrong, and no more than it may know."""
+        try:
             yield
         except ChorusError as error:
-            code = error.code.name
-            call.error = error
+            call.code, call.reason = error.code.name, error.reason
             await abort(context, error)
         except asyncio.CancelledError:
             remaining = context.time_remaining()
-            code = "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
+            call.code = "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
             raise
         except Exception as error:
-            code = "INTERNAL"
-            call.error = self._scrub(call, error)
-            await abort(context, call.error)
-        finally:
-            self._active -= 1
-            _close(call, code)
+            scrubbed = self._scrub(call, error)
+            call.code, call.reason = scrubbed.code.name, scrubbed.reason
+            await abort(context, scrubbed)
 
     def _check_room(self) -> None:
         if self._active > self._max_calls:
@@ -147,16 +131,56 @@ class CallFrame(grpc.aio.ServerInterceptor):
         return Internal.of(error_id, debug)
 
 
-def _close(call: Call, code: str) -> None:
+def _wrapped(handler: Any, frame: Callable[[Context], AbstractAsyncContextManager[None]]) -> Handler:
+    """A method inside a frame, and with requests that are messages of its type.
+
+    To gRPC all methods take a stream of requests: for a unary one it would itself wait, without calling anything
+    of ours and without end, for the message of a caller who sends none.
+    """
+    unary: Callable[[Any, Context], Awaitable[Any]] | None = handler.unary_unary or handler.stream_unary
+    stream: Callable[[Any, Context], Any] | None = handler.unary_stream or handler.stream_stream
+    receive = _checked if handler.request_streaming else _only
+
+    async def answer(requests: AsyncIterator[Any], context: Context) -> Any:
+        assert unary is not None
+        async with frame(context):
+            return await unary(await receive(requests), context)
+
+    async def answer_many(requests: AsyncIterator[Any], context: Context) -> None:
+        assert stream is not None
+        async with frame(context):
+            await _send_all(stream(await receive(requests), context), context)
+
+    kind = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    make: Callable[..., Handler] = kind
+    return make(
+        answer_many if handler.response_streaming else answer,
+        request_deserializer=_careful(handler.request_deserializer),
+        response_serializer=handler.response_serializer,
+    )
+
+
+async def _send_all(replies: AsyncGenerator[Any, None] | Awaitable[None], context: Context) -> None:
+    """Sends what a method yields; one that sends for itself is only waited for."""
+    if isinstance(replies, Awaitable):
+        await replies
+        return
+    # Closed here and now when the caller leaves, not when the garbage collector comes by: its place is free at once.
+    async with aclosing(replies):
+        async for message in replies:
+            await context.write(message)
+
+
+def _close(call: Call) -> None:
     seconds = time.monotonic() - call.arrived
     metrics.CALLS_ACTIVE.dec()
-    metrics.CALLS.labels(call.method, code).inc()
-    metrics.CALL_SECONDS.labels(call.method).observe(seconds)
-    reason = {} if call.error is None else {"reason": call.error.reason}
+    metrics.call_counter(call.method, call.code).inc()
+    metrics.call_seconds(call.method).observe(seconds)
+    reason = {} if call.reason is None else {"reason": call.reason}
     logger().info(
         "call",
         method=call.method,
-        code=code,
+        code=call.code,
         request_id=call.request_id,
         tenant=call.tenant,
         ms=round(seconds * 1000, 1),
@@ -179,20 +203,32 @@ def _careful(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], An
     return careful
 
 
-def _checked(request: Any) -> Any:
-    """A request, or an iterator of requests, that is no garbage.
+async def _only(requests: AsyncIterator[Any]) -> Any:
+    """The message of a unary request.
 
     Raises:
-        Internal: that is what gRPC's own documentation names for a message that cannot be parsed.
+        Unimplemented: there is none; the code that gRPC's documentation names for a wrong number of messages.
+        Internal: it cannot be parsed; likewise.
     """
+    async for request in requests:
+        return _no_garbage(request)
+    raise Unimplemented("this method takes one message, and none came", "MESSAGE_MISSING")
+
+
+async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The messages of a streamed request, each checked as it comes."""
+
+    async def check() -> AsyncIterator[Any]:
+        async for request in requests:
+            yield _no_garbage(request)
+
+    return check()
+
+
+def _no_garbage(request: Any) -> Any:
     if request is _GARBAGE:
         raise Internal("the request's bytes are no message of the method's type", "MALFORMED_MESSAGE")
-    return _each_checked(request) if isinstance(request, AsyncIterator) else request
-
-
-async def _each_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)
+    return request
 
 
 def _unknown_method(method: str) -> Handler:

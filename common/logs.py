@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 
+import orjson
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 from common.settings import LogSettings
+
+_LOG: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+"""One for all: each that `get_logger` gives would be assembled again at its first event."""
 
 
 def set_up_logs(settings: LogSettings, process: str) -> None:
     """Sets logging up for a process that calls itself `process`, for structlog and for libraries alike."""
+    for_people = settings.format == "console" or (settings.format == "auto" and sys.stderr.isatty())
     shared: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
+        partial(_name_process, process),
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
     level = getattr(logging, settings.level.upper())
     structlog.configure(
-        processors=[*shared, _renderer(settings)],
+        processors=[*shared, _renderer(for_people)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=(
+            structlog.WriteLoggerFactory(sys.stderr) if for_people else structlog.BytesLoggerFactory(sys.stderr.buffer)
+        ),
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(process=process)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _renderer(settings)],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _renderer(for_people), _as_text],
             foreign_pre_chain=shared,
         )
     )
@@ -39,10 +46,20 @@ def set_up_logs(settings: LogSettings, process: str) -> None:
 
 def logger() -> structlog.typing.FilteringBoundLogger:
     """The log to write to."""
-    log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
-    return log
+    return _LOG
 
 
-def _renderer(settings: LogSettings) -> Processor:
-    for_people = settings.format == "console" or (settings.format == "auto" and sys.stderr.isatty())
-    return structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer()
+def _renderer(for_people: bool) -> Processor:
+    if for_people:
+        return structlog.dev.ConsoleRenderer()
+    return structlog.processors.JSONRenderer(serializer=orjson.dumps)
+
+
+def _name_process(process: str, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    event["process"] = process
+    return event
+
+
+def _as_text(logger: WrappedLogger, method: str, line: EventDict) -> str:
+    """What the libraries' handler writes. The renderer has made one line of the event already."""
+    return line.decode() if isinstance(line, bytes) else str(line)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import random
 import re
-import uuid
 from collections.abc import Iterable
 
 REQUEST_ID = "x-request-id"
@@ -31,4 +31,4 @@ def text_value(metadata: Metadata, key: str) -> str | None:
 def request_id(metadata: Metadata) -> str:
     """The caller's request id, or a new one where there is none that can be logged."""
     given = text_value(metadata, REQUEST_ID)
-    return given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import prometheus_client
@@ -28,6 +29,18 @@ FIRST_AUDIO_SECONDS = Histogram(
 AUDIO_SECONDS = Counter("chorus_audio_seconds_total", "Seconds of audio delivered.")
 ENGINE_ERRORS = Counter("chorus_engine_errors_total", "Failures of the engine as a whole.")
 BACKENDS_READY = Gauge("chorus_gateway_backend_ready", "1 while a backend is ready to speak.")
+
+
+@lru_cache
+def call_counter(method: str, code: str) -> Counter:
+    """`CALLS` of a method and code. Looking labels up costs more than counting."""
+    return CALLS.labels(method, code)
+
+
+@lru_cache
+def call_seconds(method: str) -> Histogram:
+    """`CALL_SECONDS` of a method."""
+    return CALL_SECONDS.labels(method)
 
 
 class BatcherCollector(Collector):

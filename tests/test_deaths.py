@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -18,7 +18,7 @@ from tests.hearing import LANGUAGE, Heard, hear
 from tests.stack import Server, Stack, stream_request, text_request
 
 LONG_TEXT = "This sentence is one of many that are spoken one after another. " * 40
-SLOW = {"tone_step_base_ms": 4}
+SLOW: dict[str, Any] = {"tone_step_base_ms": 4}
 """About five times as fast as real time: slow enough to meet a stream in the middle."""
 
 
