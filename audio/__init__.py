@@ -1,1 +1,4 @@
-"""Audio formats and their encoding. Imports nothing of the rest, so that service and gateway share it."""
+"""Audio formats and their encoding. Imports nothing of the rest, so that service and gateway share it.
+
+`formats` says what is served, `encode` encodes a speech as it comes, `background` does so off the event loop.
+"""

@@ -1,44 +1,69 @@
-"""Encodes 16-bit samples as they come."""
+"""Encodes a speech as it comes, from the engine's samples to the bytes of a file."""
 
 from __future__ import annotations
 
-import struct
+from types import TracebackType
+from typing import Self
 
-from audio.formats import Container, Format
-
-UNKNOWN_SIZE = 0xFFFF_FFFF
-"""In a header that is sent before the length is known: players then read to the end."""
-
-WAV_HEADER_BYTES = 44
+from audio.coders import Coder, G711Coder, PcmCoder
+from audio.formats import G711, Codec, Format
+from audio.frames import SAMPLE_BYTES
+from audio.muxed import MuxedCoder
+from audio.resample import Resampler
 
 
 class Encoder:
-    """Encodes one speech: the header with the first samples, then the samples.
+    """Encodes one speech: 16-bit samples at the engine's rate, in pieces of any size, come out as one file.
 
-    Both formats of today are the samples themselves, so there is nothing to flush.
+    However the samples are cut into pieces, the bytes in all are the same. Bytes leave as soon as a frame of the codec
+    is complete, the header together with the first. One thread at a time may use it, not always the same one.
     """
 
-    def __init__(self, format: Format) -> None:
-        """`format`: as `resolve` gives it."""
-        self._head = wav_header(format) if format.container is Container.WAV else b""
+    def __init__(self, format: Format, engine_rate: int) -> None:
+        """`format`: as `resolve` gives it. `engine_rate`: in hertz."""
+        same_rate = format.sample_rate_hertz == engine_rate
+        self._resampler = None if same_rate else Resampler(engine_rate, format.sample_rate_hertz)
+        self._coder = _coder(format)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def samples(self) -> int:
+        """Samples of the speech, at the format's rate, that can be heard with the bytes given so far."""
+        return self._coder.samples
 
     def encode(self, pcm: bytes) -> bytes:
-        """Samples (16-bit, little-endian) as the next bytes of the file."""
-        head, self._head = self._head, b""
-        return head + pcm if head else pcm
+        """Takes samples (16-bit, little-endian), and gives the next bytes of the file, if there are any yet.
+
+        Raises:
+            ValueError: a sample is cut in two.
+        """
+        if len(pcm) % SAMPLE_BYTES:
+            raise ValueError(f"{len(pcm)} bytes are no whole number of samples")
+        return self._coder.encode(self._resampler.resample(pcm) if self._resampler else pcm)
+
+    def finish(self) -> bytes:
+        """The last bytes of the file. Nothing may follow but `close`."""
+        rest = self._coder.encode(self._resampler.finish()) if self._resampler else b""
+        return rest + self._coder.finish()
+
+    def close(self) -> None:
+        """Releases the codec. May be called at any time, and twice."""
+        self._coder.close()
 
 
-def wav_header(format: Format, samples: int | None = None) -> bytes:
-    """The header of a WAV file of so many samples; of unknown length where `samples` is `None`."""
-    size = UNKNOWN_SIZE if samples is None else samples * format.bytes_per_sample
-    riff_size = UNKNOWN_SIZE if samples is None else size + WAV_HEADER_BYTES - 8
-    rate, width = format.sample_rate_hertz, format.bytes_per_sample
-    fmt = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, rate * width, width, 8 * width)
-    return struct.pack("<4sI4s", b"RIFF", riff_size, b"WAVE") + fmt + struct.pack("<4sI", b"data", size)
+def costs_nothing(format: Format, engine_rate: int) -> bool:
+    """Whether a format is the engine's samples as they are."""
+    return format.codec is Codec.PCM_S16LE and format.sample_rate_hertz == engine_rate
 
 
-def with_known_length(audio: bytes, format: Format, samples: int) -> bytes:
-    """A whole encoded speech, with its length in the header where the container has one."""
-    if format.container is not Container.WAV:
-        return audio
-    return wav_header(format, samples) + audio[WAV_HEADER_BYTES:]
+def _coder(format: Format) -> Coder:
+    if format.codec is Codec.PCM_S16LE:
+        return PcmCoder(format)
+    return G711Coder(format) if format.codec in G711 else MuxedCoder(format)

@@ -11,8 +11,8 @@ from typing import BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from audio.encode import wav_header
 from audio.formats import Codec, Container, Format
+from audio.headers import wav_header
 from client.client import Client
 from protos.chorus.v1 import tts_pb2
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from importlib.metadata import version
 
-from audio.encode import with_known_length
-from audio.formats import SERVED, Format
+from audio.formats import SERVED, Format, resolve
+from audio.headers import with_known_length
 from batcher.engine import Segment
 from batcher.runner import Runner
 from common.calls import Context, current_call
@@ -56,12 +56,13 @@ class Servicer(
                 match message:
                     case tts_pb2.AudioChunk():
                         audio += message.data
-                        self._check_still_fits(len(audio), speech.format)
+                        self._check_still_fits(len(audio), message.start_sample, speech.format)
                     case tts_pb2.StreamStart():
                         response.start.CopyFrom(message)
                     case tts_pb2.SegmentMark():
                         response.marks.append(message)
                     case tts_pb2.StreamEnd():
+                        self._check_still_fits(len(audio), message.sample_count, speech.format)
                         response.end.CopyFrom(message)
         response.audio = with_known_length(bytes(audio), speech.format, response.end.sample_count)
         return response
@@ -133,12 +134,12 @@ class Servicer(
             sample_rate_hertz=rate,
             limits=tts_pb2.Limits(
                 max_text_characters=limits.text_characters,
-                max_unary_audio_seconds=self._max_reply_seconds(rate),
+                max_unary_audio_seconds=self._max_reply_seconds(resolve(None, None, 0, rate)),
                 max_deadline_seconds=limits.deadline_max,
                 default_deadline_seconds=limits.deadline_default,
             ),
             languages=engine.languages,
-            formats=[wire_format(Format(container, codec, rate)) for container, codec in SERVED],
+            formats=[wire_format(resolve(container, codec, 0, rate)) for container, codec in SERVED],
         )
 
     async def _speak(
@@ -159,9 +160,8 @@ class Servicer(
                 yield message
 
     def _check_fits_reply(self, speech: Speech) -> None:
-        caps = self._engine.caps
         seconds = _estimate(speech.segments, self._engine)
-        limit = self._max_reply_seconds(caps.sample_rate_hertz)
+        limit = self._max_reply_seconds(speech.format)
         if seconds > limit * ESTIMATE_MARGIN:
             description = (
                 f"would be about {seconds:.0f} s of audio; a unary reply holds {limit:.0f} s: "
@@ -169,18 +169,22 @@ class Servicer(
             )
             raise InvalidArgument.of([Violation("text", description)], "AUDIO_TOO_LONG")
 
-    def _check_still_fits(self, audio_bytes: int, format: Format) -> None:
-        limit = self._max_reply_seconds(format.sample_rate_hertz)
-        if audio_bytes > limit * format.sample_rate_hertz * format.bytes_per_sample:
+    def _check_still_fits(self, audio_bytes: int, samples: int, format: Format) -> None:
+        limit = self._max_reply_seconds(format)
+        too_long = samples > self._settings.limits.unary_audio_seconds * format.sample_rate_hertz
+        if too_long or audio_bytes > self._max_reply_bytes:
             raise OutOfRange(
                 f"the audio became longer than the {limit:.0f} s that a unary reply holds; "
                 "use StreamSynthesize or JobService.CreateJob",
                 "AUDIO_TOO_LONG",
             )
 
-    def _max_reply_seconds(self, rate: int) -> float:
-        limits = self._settings.limits
-        return min(limits.unary_audio_seconds, (limits.message_bytes - REPLY_OVERHEAD_BYTES) / (2 * rate))
+    def _max_reply_seconds(self, format: Format) -> float:
+        return min(self._settings.limits.unary_audio_seconds, self._max_reply_bytes / format.bytes_per_second)
+
+    @property
+    def _max_reply_bytes(self) -> int:
+        return self._settings.limits.message_bytes - REPLY_OVERHEAD_BYTES
 
     def _voice(self, name: str) -> tts_pb2.Voice:
         return tts_pb2.Voice(name=name, description=VOICES[name], languages=self._engine.languages)

@@ -74,7 +74,7 @@ async def test_a_service_killed_in_the_middle_of_a_stream(stack: Stack) -> None:
 
 async def test_calls_not_begun_are_tried_elsewhere_when_their_service_dies(stack: Stack) -> None:
     # Rows wait long before their first audio, so that the kill meets every call before its first byte.
-    slow_start = {"tone_step_base_ms": 2, "tone_lookahead_steps": 200}
+    slow_start: dict[str, Any] = {"tone_step_base_ms": 2, "tone_lookahead_steps": 200}
     first, second = [await stack.service(**slow_start, tone_card=card) for card in "ab"]
     gateway = await stack.gateway(first, second)
     heards = [Heard() for _ in range(8)]

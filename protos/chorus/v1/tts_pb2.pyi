@@ -162,6 +162,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """All of the text was spoken."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """A segment met the engine's cap on its length: its end is missing."""
+    FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 3
+    """The caller said `cancel` in StreamSynthesizeText."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why the audio ends where it ends."""
@@ -172,6 +174,8 @@ FINISH_REASON_COMPLETE: FinishReason.ValueType  # 1
 """All of the text was spoken."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """A segment met the engine's cap on its length: its end is missing."""
+FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
+"""The caller said `cancel` in StreamSynthesizeText."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _JobState:
@@ -224,7 +228,9 @@ class AudioFormat(_message.Message):
     codec: Global___Codec.ValueType
     """Default: the container's usual one."""
     sample_rate_hertz: _builtins.int
-    """8000 to 48000. Default: the engine's own rate (see GetServerInfo), or 8000 for μ-law and A-law."""
+    """8000 to 48000. Default: the engine's own rate (see GetServerInfo), or the next higher one that the codec takes; 8000
+    for μ-law and A-law.
+    """
     def __init__(
         self,
         *,
@@ -665,6 +671,7 @@ class SegmentMark(_message.Message):
     SPOKEN_TEXT_FIELD_NUMBER: _builtins.int
     START_SAMPLE_FIELD_NUMBER: _builtins.int
     END_SAMPLE_FIELD_NUMBER: _builtins.int
+    REJECTED_CHARACTERS_FIELD_NUMBER: _builtins.int
     start_byte: _builtins.int
     """The segment's first byte in the caller's own UTF-8 text."""
     end_byte: _builtins.int
@@ -675,6 +682,10 @@ class SegmentMark(_message.Message):
     """The segment's first sample, at the format's sample rate."""
     end_sample: _builtins.int
     """The sample after its last."""
+    @_builtins.property
+    def rejected_characters(self) -> _containers.RepeatedCompositeFieldContainer[Global___RejectedCharacter]:
+        """What was left out of the spoken text, since no engine can speak it."""
+
     def __init__(
         self,
         *,
@@ -683,10 +694,11 @@ class SegmentMark(_message.Message):
         spoken_text: _builtins.str = ...,
         start_sample: _builtins.int = ...,
         end_sample: _builtins.int = ...,
+        rejected_characters: _abc.Iterable[Global___RejectedCharacter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_byte", b"end_byte", "end_sample", b"end_sample", "spoken_text", b"spoken_text", "start_byte", b"start_byte", "start_sample", b"start_sample"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_byte", b"end_byte", "end_sample", b"end_sample", "rejected_characters", b"rejected_characters", "spoken_text", b"spoken_text", "start_byte", b"start_byte", "start_sample", b"start_sample"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -85,9 +85,11 @@ class TextToSpeechServiceServicer:
 
     def StreamSynthesizeText(self, request_iterator, context):
         """Speaks a text while it is being written: `config` first, then pieces of text, `flush` and `cancel`. Audio leaves
-        while text still arrives. A half-closed stream is flushed and ended.
+        while text still arrives: a segment is spoken when its sentence ends, at a `flush`, and when no text comes for half a
+        second. A half-closed stream is flushed and ended. One that is cancelled before any audio has only an `end`.
 
-        Errors: as StreamSynthesize; INVALID_ARGUMENT where the first message is no `config` or a later one is.
+        Errors: as StreamSynthesize; INVALID_ARGUMENT where the first message is no `config`, a later one is, a piece of text
+        is longer than a whole text may be, or there was nothing to speak.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

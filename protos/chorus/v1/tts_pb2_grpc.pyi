@@ -63,9 +63,11 @@ class TextToSpeechServiceStub:
     """
     StreamSynthesizeText: _grpc.StreamStreamMultiCallable[_tts_pb2.StreamSynthesizeTextRequest, _tts_pb2.StreamSynthesizeTextResponse]
     """Speaks a text while it is being written: `config` first, then pieces of text, `flush` and `cancel`. Audio leaves
-    while text still arrives. A half-closed stream is flushed and ended.
+    while text still arrives: a segment is spoken when its sentence ends, at a `flush`, and when no text comes for half a
+    second. A half-closed stream is flushed and ended. One that is cancelled before any audio has only an `end`.
 
-    Errors: as StreamSynthesize; INVALID_ARGUMENT where the first message is no `config` or a later one is.
+    Errors: as StreamSynthesize; INVALID_ARGUMENT where the first message is no `config`, a later one is, a piece of text
+    is longer than a whole text may be, or there was nothing to speak.
     """
     NormalizeText: _grpc.UnaryUnaryMultiCallable[_tts_pb2.NormalizeTextRequest, _tts_pb2.NormalizeTextResponse]
     """Says how a text would be read, without making any audio.
@@ -94,9 +96,11 @@ class TextToSpeechServiceAsyncStub(TextToSpeechServiceStub):
     """
     StreamSynthesizeText: _aio.StreamStreamMultiCallable[_tts_pb2.StreamSynthesizeTextRequest, _tts_pb2.StreamSynthesizeTextResponse]  # type: ignore[assignment]
     """Speaks a text while it is being written: `config` first, then pieces of text, `flush` and `cancel`. Audio leaves
-    while text still arrives. A half-closed stream is flushed and ended.
+    while text still arrives: a segment is spoken when its sentence ends, at a `flush`, and when no text comes for half a
+    second. A half-closed stream is flushed and ended. One that is cancelled before any audio has only an `end`.
 
-    Errors: as StreamSynthesize; INVALID_ARGUMENT where the first message is no `config` or a later one is.
+    Errors: as StreamSynthesize; INVALID_ARGUMENT where the first message is no `config`, a later one is, a piece of text
+    is longer than a whole text may be, or there was nothing to speak.
     """
     NormalizeText: _aio.UnaryUnaryMultiCallable[_tts_pb2.NormalizeTextRequest, _tts_pb2.NormalizeTextResponse]  # type: ignore[assignment]
     """Says how a text would be read, without making any audio.
@@ -140,9 +144,11 @@ class TextToSpeechServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_tts_pb2.StreamSynthesizeTextResponse], _abc.AsyncIterator[_tts_pb2.StreamSynthesizeTextResponse]]:
         """Speaks a text while it is being written: `config` first, then pieces of text, `flush` and `cancel`. Audio leaves
-        while text still arrives. A half-closed stream is flushed and ended.
+        while text still arrives: a segment is spoken when its sentence ends, at a `flush`, and when no text comes for half a
+        second. A half-closed stream is flushed and ended. One that is cancelled before any audio has only an `end`.
 
-        Errors: as StreamSynthesize; INVALID_ARGUMENT where the first message is no `config` or a later one is.
+        Errors: as StreamSynthesize; INVALID_ARGUMENT where the first message is no `config`, a later one is, a piece of text
+        is longer than a whole text may be, or there was nothing to speak.
         """
 
     @_abc_1.abstractmethod
