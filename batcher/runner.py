@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from batcher.engine import Engine, EngineOutOfMemoryError, Plan, Segment
-from batcher.errors import EngineFailedError, StoppedError
+from batcher.errors import StoppedError
 from batcher.outbox import Outbox
 from batcher.request import Request
 from batcher.scheduler import Counters, Delivery, Policy, Scheduler
@@ -148,7 +148,7 @@ class Runner:
         finally:
             with self._changed:
                 self._stopping = True
-                deliveries = self.scheduler.fail_all(StoppedError("stopping"), engine_forgot=True)
+                deliveries = self.scheduler.fail_all(StoppedError("stopping"))
             self._deliver(deliveries)
 
     def _step(self) -> None:
@@ -176,7 +176,7 @@ class Runner:
             return partial(self.scheduler.out_of_memory, plan)
         except Exception as error:
             self._on_error(error)
-            return partial(self.scheduler.fail_all, EngineFailedError("the engine failed"), engine_forgot=True)
+            return self.scheduler.engine_failed
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         """Hands a tick's events to the event loop, all at once."""

@@ -138,16 +138,18 @@ class Scheduler:
             self.counters.cancelled += 1
             self._forget(request)
 
-    def fail_all(self, error: BatcherError, *, engine_forgot: bool) -> list[Delivery]:
-        """Ends every request. `engine_forgot`: the engine has no rows any more, so nobody need leave it."""
-        if engine_forgot:
-            self.counters.engine_failures += 1
+    def fail_all(self, error: BatcherError) -> list[Delivery]:
+        """Ends every request. The engine has no rows any more, so nobody need leave it."""
         deliveries = self._fail(list(self._requests), error)
-        if engine_forgot:
-            for ref, _ in self._leaving:
-                self._free_slot(ref)
-            self._leaving.clear()
+        for ref, _ in self._leaving:
+            self._free_slot(ref)
+        self._leaving.clear()
         return deliveries
+
+    def engine_failed(self) -> list[Delivery]:
+        """Ends every request, for the engine has failed and forgotten all rows."""
+        self.counters.engine_failures += 1
+        return self.fail_all(EngineFailedError("the engine failed"))
 
     def out_of_memory(self, plan: Plan) -> list[Delivery]:
         """Takes back a plan of which nothing was done.
@@ -159,9 +161,10 @@ class Scheduler:
         for vocode in plan.vocode:
             if row := self._rows.get(vocode.ref.row):
                 row.vocode_asked = row.vocoded
-        joined = [self._rows[join.ref.row] for group in plan.joins for join in group if join.ref.row in self._rows]
-        newest = list(self._rows.values())[-1:]
-        return self._fail({row.request for row in joined or newest}, EngineFailedError("out of memory"))
+        joined = [join.ref.row for group in plan.joins for join in group]
+        asked = joined or sorted(self._rows)[-1:]
+        requests = {self._rows[row].request for row in asked if row in self._rows}
+        return self._fail(requests, EngineFailedError("out of memory"))
 
     # -- what is seen from outside ------------------------------------------------------------------------------------
 
@@ -235,9 +238,14 @@ class Scheduler:
         heads = (row for row in self._rows.values() if row is row.request.rows[row.request.head])
         ready = ((row, self._vocode_to(row)) for row in heads)
         asks = list(itertools.islice(((row, to) for row, to in ready if to > row.vocode_asked), self.caps.max_vocode))
-        for row, to_step in asks:
-            row.vocode_asked = to_step
-        return tuple(Vocode(row.ref, to_step) for row, to_step in asks if row.ref is not None)
+        return tuple(self._ask(row, to_step) for row, to_step in asks)
+
+    def _ask(self, row: Row, to_step: int) -> Vocode:
+        assert row.ref is not None
+        row.vocode_asked = to_step
+        # To the back: where not all can be vocoded in one tick, all have their turn.
+        self._rows[row.ref.row] = self._rows.pop(row.ref.row)
+        return Vocode(row.ref, to_step)
 
     def _vocode_to(self, row: Row) -> int:
         """As far as the row's samples are final and its reader has credit."""

@@ -1,0 +1,492 @@
+"""A scripted engine under a virtual clock that checks the protocol while it is used, and what tests need around it.
+
+A segment's audio says whose it is: each step's four samples are the segment's number and the step's, 32 bits each. So
+whatever is missing, doubled, mixed or out of order shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from batcher.engine import (
+    Caps,
+    EndReason,
+    EngineOutOfMemoryError,
+    Join,
+    Pcm,
+    Plan,
+    Prediction,
+    Report,
+    RowRef,
+    RowReport,
+    Segment,
+    Vocode,
+)
+from batcher.errors import BatcherError
+from batcher.request import Audio, Event, Request, RequestEnded, RequestFailed, SegmentEnded
+from batcher.scheduler import Delivery, Policy, Scheduler
+
+SAMPLES_PER_STEP = 4
+STEPS_PER_SECOND = 25
+PATIENCE = 20.0
+"""Seconds after which a test that waits for another thread has failed."""
+
+
+class ProtocolError(Exception):
+    """The scheduler asked for something that the protocol forbids."""
+
+
+class EngineBrokenError(Exception):
+    """A scripted failure of the whole engine."""
+
+
+@dataclass(slots=True)
+class Clock:
+    """Moves when it is told to."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Gate:
+    """Holds the engine's thread inside `run` while it is closed."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self._open.set()
+        self._held = threading.Event()
+
+    def close(self) -> None:
+        self._held.clear()
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def enter(self) -> None:
+        """What the engine's thread does."""
+        if not self._open.is_set():
+            self._held.set()
+            assert self._open.wait(PATIENCE), "nobody opened the gate"
+
+    async def holds(self) -> None:
+        """Waits until the engine is held."""
+        assert await asyncio.to_thread(self._held.wait, PATIENCE), "the engine did not come"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What becomes of a segment."""
+
+    steps: int = 3
+    """More than the engine's `max_steps` end as LENGTH there."""
+    prompt_tokens: int = 8
+    predicted: int | None = None
+    """Steps foretold; None: what they will be."""
+    fails_at: int | None = None
+    """The step that fails; 0: its prefill."""
+    short: int = 0
+    """Samples that the last step lacks."""
+
+
+@dataclass(slots=True)
+class _Row:
+    ref: RowRef
+    number: int
+    script: Script
+    cap: int
+    done: int = 0
+    vocoded: int = 0
+    told: bool = False
+    """Its end was reported."""
+    error: str | None = None
+
+    @property
+    def steps(self) -> int:
+        return min(self.script.steps, self.cap)
+
+    @property
+    def ended(self) -> bool:
+        return self.error is None and self.done == self.steps
+
+    @property
+    def reason(self) -> EndReason:
+        return EndReason.LENGTH if self.script.steps > self.cap else EndReason.COMPLETE
+
+    def advance(self, passes: int) -> None:
+        for _ in range(passes):
+            if not self.ended and self.error is None:
+                self.done += 1
+                self.check_fault()
+
+    def check_fault(self) -> None:
+        if self.script.fails_at == self.done:
+            self.error = f"scripted: step {self.done}"
+
+    def samples(self, start: int, end: int) -> bytes:
+        blocks = b"".join(struct.pack(">II", self.number, step) for step in range(start, end))
+        lacking = 2 * self.script.short if start < end == self.steps else 0
+        return blocks[: len(blocks) - lacking]
+
+
+class VirtualEngine:
+    """An `Engine` whose rows do what their scripts say.
+
+    `behind`: reports arrive one tick late. `whole`: a row is computed at once, as espeak does it.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int = 4,
+        max_rows: int | None = None,
+        max_vocode: int | None = None,
+        max_steps: int = 1000,
+        lookahead: int = 0,
+        behind: bool = False,
+        whole: bool = False,
+        step_seconds: Callable[[int], float] = lambda rows: 0.008,
+    ) -> None:
+        self.caps = Caps(
+            sample_rate_hertz=STEPS_PER_SECOND * SAMPLES_PER_STEP,
+            samples_per_step=SAMPLES_PER_STEP,
+            slots=slots,
+            max_rows=max_rows or slots,
+            max_vocode=max_vocode or slots,
+            max_steps=max_steps,
+            lookahead_steps=lookahead,
+            predict=self._predict,
+            step_seconds=step_seconds,
+        )
+        self.clock = Clock()
+        self.gate = Gate()
+        self.scripts: list[Script] = []
+        self.faults: deque[Exception | None] = deque()
+        """What the next runs raise."""
+        self.plans: list[Plan] = []
+        self.violations: list[str] = []
+        self.vocoded: dict[int, int] = {}
+        """Segment → samples made of it."""
+        self.open: dict[int, int] = {}
+        """Rows of which no end was reported yet → their segments."""
+        self.closed = False
+        self._behind = behind
+        self._whole = whole
+        self._rows: dict[int, _Row] = {}
+        self._holders: dict[int, _Row] = {}
+        self._generations: dict[int, int] = {}
+        self._seen: set[int] = set()
+        self._late = Report()
+
+    # -- what tests say and see ---------------------------------------------------------------------------------------
+
+    def segment(self, script: Script) -> Segment:
+        """A segment that goes as scripted. Its seed is its number."""
+        self.scripts.append(script)
+        number = len(self.scripts) - 1
+        return Segment(f"segment {number}", "female1", "en-US", seed=number)
+
+    def segments(self, *steps: int) -> list[Segment]:
+        return [self.segment(Script(count)) for count in steps]
+
+    def expected(self, segment: Segment) -> tuple[bytes, EndReason]:
+        """All audio of a segment, and how it ends."""
+        row = self._make_row(RowRef(-1, -1, -1), segment)
+        return row.samples(0, row.steps), row.reason
+
+    @property
+    def held(self) -> int:
+        """Slots that are held."""
+        return len(self._holders)
+
+    @property
+    def kept(self) -> list[int]:
+        """Segments of which it holds anything."""
+        return [row.number for row in self._rows.values()]
+
+    # -- the protocol -------------------------------------------------------------------------------------------------
+
+    def run(self, plan: Plan) -> Report:
+        self.gate.enter()
+        self._check_fault()
+        self.plans.append(plan)
+        touched: dict[int, _Row] = {}
+        pcm: dict[int, Pcm] = {}
+        self._leave(plan.leaves)
+        self._join(plan.joins, touched)
+        self._step(plan.steps, touched)
+        self._vocode(plan.vocode, touched, pcm)
+        report = Report(tuple(self._report(row, pcm.get(number)) for number, row in touched.items()))
+        if self._behind:
+            report, self._late = self._late, report
+        self._note(report)
+        return report
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _check_fault(self) -> None:
+        fault = self.faults.popleft() if self.faults else None
+        if fault is None:
+            return
+        if not isinstance(fault, EngineOutOfMemoryError):
+            self._rows.clear()
+            self._holders.clear()
+            self.open.clear()
+        raise fault
+
+    def _predict(self, segment: Segment) -> Prediction:
+        script = self.scripts[segment.seed]
+        steps = script.steps if script.predicted is None else script.predicted
+        return Prediction(script.prompt_tokens, steps, steps)
+
+    def _make_row(self, ref: RowRef, segment: Segment) -> _Row:
+        return _Row(ref, segment.seed, self.scripts[segment.seed], self.caps.max_steps)
+
+    def _leave(self, leaves: Iterable[RowRef]) -> None:
+        for ref in leaves:
+            self.open.pop(ref.row, None)
+            if row := self._rows.pop(ref.row, None):
+                self._free_slot(row)
+
+    def _join(self, groups: Sequence[Sequence[Join]], touched: dict[int, _Row]) -> None:
+        for join in (join for group in groups for join in group):
+            self._check_join(join.ref)
+            row = self._make_row(join.ref, join.segment)
+            self._rows[join.ref.row] = self._holders[join.ref.slot] = touched[join.ref.row] = row
+            self.open[join.ref.row] = row.number
+            self._generations[join.ref.slot] = join.ref.generation
+            row.check_fault()
+            self._settle(row)
+        self._require(all(groups), "a group is empty")
+        self._require(len(self._holders) <= self.caps.max_rows, "more rows than one forward pass takes")
+
+    def _check_join(self, ref: RowRef) -> None:
+        self._require(0 <= ref.slot < self.caps.slots, f"{ref}: no such slot")
+        self._require(ref.slot not in self._holders, f"{ref}: the slot is held")
+        self._require(ref.generation > self._generations.get(ref.slot, -1), f"{ref}: the generation is not newer")
+        self._require(ref.row not in self._seen, f"{ref}: the row's name was used before")
+        self._seen.add(ref.row)
+
+    def _step(self, steps: int, touched: dict[int, _Row]) -> None:
+        self._require(steps == 0 or bool(self.open), "steps, but every row is known to have ended")
+        self.clock.now += steps * self.caps.step_seconds(len(self._holders)) if self._holders else 0.0
+        for row in list(self._holders.values()) if steps else ():
+            row.advance(self.caps.max_steps if self._whole else steps)
+            touched[row.ref.row] = row
+            self._settle(row)
+
+    def _settle(self, row: _Row) -> None:
+        """A row that is over gives its slot back, and is forgotten unless there is something to vocode."""
+        if row.ended or row.error is not None:
+            self._free_slot(row)
+        if row.error is not None or (row.ended and row.vocoded == row.steps):
+            self._rows.pop(row.ref.row, None)
+
+    def _free_slot(self, row: _Row) -> None:
+        """Its slot may have another occupant by now."""
+        if self._holders.get(row.ref.slot) is row:
+            del self._holders[row.ref.slot]
+
+    def _vocode(self, wishes: Sequence[Vocode], touched: dict[int, _Row], pcm: dict[int, Pcm]) -> None:
+        self._require(len(wishes) <= self.caps.max_vocode, "more rows to vocode than max_vocode")
+        for wish in wishes:
+            number = wish.ref.row
+            row = self._rows.get(number)
+            if row is None:  # it failed, and that was not reported yet
+                self._require(number in self.open, f"{wish.ref} is vocoded, but it is over")
+                continue
+            self._require(number not in pcm, f"{wish.ref} is vocoded twice")
+            self._require(wish.to_step > row.vocoded, f"{wish.ref} is vocoded to {wish.to_step} again")
+            self._require(wish.to_step <= self._final(row), f"{wish.ref} is vocoded further than it is final")
+            pcm[number] = Pcm(
+                row.samples(row.vocoded, wish.to_step), row.vocoded * SAMPLES_PER_STEP, to_step=wish.to_step
+            )
+            self.vocoded[row.number] = self.vocoded.get(row.number, 0) + len(pcm[number].data) // 2
+            row.vocoded = wish.to_step
+            touched[number] = row
+            self._settle(row)
+
+    def _final(self, row: _Row) -> int:
+        return row.steps if row.ended else row.done - self.caps.lookahead_steps
+
+    def _report(self, row: _Row, pcm: Pcm | None) -> RowReport:
+        ended = row.reason if row.ended and not row.told else None
+        row.told = row.ended
+        return RowReport(row.ref, row.done, ended, pcm, row.error)
+
+    def _note(self, report: Report) -> None:
+        for row in report.rows:
+            if row.ended or row.error is not None:
+                self.open.pop(row.ref.row, None)
+
+    def _require(self, holds: bool, message: str) -> None:
+        if not holds:
+            self.violations.append(message)
+            raise ProtocolError(message)
+
+
+class Listener:
+    """A reader that checks what it is sent: its own audio, in order, complete, no further ahead than it lets."""
+
+    def __init__(self, engine: VirtualEngine, segments: Sequence[Segment], window: int = 1_000_000) -> None:
+        self.starved = False
+        self.segments = segments
+        self.marks: list[SegmentEnded] = []
+        self.received = 0
+        self.taken = 0
+        self.ended: RequestEnded | None = None
+        self.error: BatcherError | None = None
+        self.wake: Callable[[], None] = lambda: None
+        self.window = window
+        self._unread: deque[int] = deque()
+        expected = [engine.expected(segment) for segment in segments]
+        self._ends = [len(pcm) // 2 for pcm, _ in expected]
+        self._reason = EndReason.LENGTH if EndReason.LENGTH in (r for _, r in expected) else EndReason.COMPLETE
+        self._pcm = b"".join(pcm for pcm, _ in expected)
+
+    @property
+    def over(self) -> bool:
+        return self.ended is not None or self.error is not None
+
+    @property
+    def samples(self) -> int:
+        """The credit, as the scheduler reads it."""
+        assert self.starved, "`starved` must be set before the credit is read, or a wake-up can be lost"
+        return self.taken + self.window
+
+    def put(self, event: Event) -> None:
+        assert not self.over, f"{event} after the end"
+        match event:
+            case Audio():
+                self._hear(event)
+            case SegmentEnded():
+                self._mark(event)
+            case RequestEnded():
+                assert len(self.marks) == len(self.segments), "a segment is missing"
+                assert event.samples == self.received
+                assert event.reason is self._reason
+                self.ended = event
+            case RequestFailed():
+                self.error = event.error
+
+    def take(self) -> None:
+        """Reads one piece of audio, as an outbox lets its reader do."""
+        if self._unread:
+            self.taken += self._unread.popleft()
+            if self.starved:
+                self.starved = False
+                self.wake()
+
+    def take_all(self) -> None:
+        while self._unread:
+            self.take()
+
+    def _hear(self, audio: Audio) -> None:
+        start, end = 2 * self.received, 2 * self.received + len(audio.data)
+        assert audio.start_sample == self.received
+        assert audio.data == self._pcm[start:end], "audio that is not the next of this request"
+        self.received = end // 2
+        self._unread.append(len(audio.data) // 2)
+        assert self.received <= self.taken + self.window, "further ahead than the reader lets"
+
+    def _mark(self, mark: SegmentEnded) -> None:
+        assert mark.index == len(self.marks)
+        assert mark.start_sample == (self.marks[-1].end_sample if self.marks else 0)
+        assert mark.end_sample == mark.start_sample + self._ends[mark.index]
+        assert mark.end_sample == self.received, "a segment ends when all its audio was sent"
+        self.marks.append(mark)
+
+
+class World:
+    """The runner's step without its thread: a scheduler, the engine, the listeners and their clock."""
+
+    def __init__(self, engine: VirtualEngine, policy: Policy | None = None) -> None:
+        self.engine = engine
+        self.clock = engine.clock
+        self.scheduler = Scheduler(engine.caps, policy or Policy(max_delay=1e9))
+        self.requests: dict[Listener, Request] = {}
+        self._woken = True
+
+    @property
+    def resting(self) -> bool:
+        """The runner would wait here: nothing is to be done until something changes."""
+        deadline = self.scheduler.next_deadline
+        return not self._woken and (deadline is None or self.clock.now < deadline)
+
+    def submit(
+        self,
+        segments: Sequence[Segment],
+        *,
+        max_rows: int = 2,
+        deadline: float | None = None,
+        window: int = 1_000_000,
+    ) -> Listener:
+        listener = Listener(self.engine, segments, window)
+        listener.wake = self._wake
+        request = Request(segments, listener, max_rows, deadline)
+        self.scheduler.submit(request, self.clock.now)
+        self.requests[listener] = request
+        self._wake()
+        return listener
+
+    def say(self, *steps: int, max_rows: int = 2, window: int = 1_000_000) -> Listener:
+        return self.submit(self.engine.segments(*steps), max_rows=max_rows, window=window)
+
+    def cancel(self, listener: Listener) -> None:
+        self.scheduler.cancel(self.requests.pop(listener))
+        self._wake()
+
+    def tick(self, meanwhile: Callable[[], None] = lambda: None) -> Plan | None:
+        """One step of the runner. `meanwhile` happens while the engine computes. None: it rests."""
+        if self.resting:
+            return None
+        self._woken = False
+        self._deliver(self.scheduler.expire(self.clock.now))
+        plan = self.scheduler.plan(self.clock.now)
+        if plan.empty and not self.scheduler.waits_for_report:
+            return None
+        outcome = self._run_engine(plan)
+        meanwhile()
+        self._deliver(outcome())
+        self._wake()
+        return plan
+
+    def ticks(self, count: int) -> None:
+        for _ in range(count):
+            self.tick()
+
+    def drain(self, limit: int = 1000) -> int:
+        """Ticks until nothing is left to do, with readers that read. Returns the number of ticks."""
+        for count in range(limit):
+            for listener in self.requests:
+                listener.take_all()
+            if self.tick() is None and self.resting:
+                return count
+        raise AssertionError("it never comes to rest")
+
+    def _wake(self) -> None:
+        self._woken = True
+
+    def _run_engine(self, plan: Plan) -> Callable[[], list[Delivery]]:
+        try:
+            return partial(self.scheduler.apply, self.engine.run(plan))
+        except EngineOutOfMemoryError:
+            return partial(self.scheduler.out_of_memory, plan)
+        except EngineBrokenError:
+            return self.scheduler.engine_failed
+
+    def _deliver(self, deliveries: Iterable[Delivery]) -> None:
+        for request, event in deliveries:
+            request.reader.put(event)
+            if isinstance(event, RequestEnded | RequestFailed):
+                assert isinstance(request.reader, Listener)
+                del self.requests[request.reader]
