@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from batcher.engine import EndReason, Prediction, RowRef, Segment
-from batcher.errors import BatcherError
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,8 @@ class RequestEnded:
 class RequestFailed:
     """The request ends here, with what was delivered so far."""
 
-    error: BatcherError
+    error: Exception
+    """A BatcherError, or what the one who feeds an open request gave for it."""
 
 
 Event = Audio | SegmentEnded | RequestEnded | RequestFailed
@@ -100,15 +100,20 @@ class Row:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """An ordered list of segments for one reader."""
+    """An ordered list of segments for one reader. It may still be open: then segments are added until it is closed."""
 
     segments: Sequence[Segment]
+    """Those that it begins with; at least one."""
     reader: Reader
     max_rows: int
     """Rows that may be in flight at once, from join to last sample."""
     deadline: float | None = None
     """On the runner's clock, in seconds."""
     tenant: str = ""
+    closed: bool = True
+    """No segments will be added."""
+    expected_steps: int = 0
+    """Of all its segments, also those still to be added, as far as that is known."""
     rows: list[Row] = field(default_factory=list)
     arrived: float = 0.0
     first_join: float | None = None
@@ -123,6 +128,11 @@ class Request:
     cut: bool = False
     """A row ended as LENGTH."""
     over: bool = False
+
+    @property
+    def delivered(self) -> bool:
+        """All of its audio has been delivered, and no more will come."""
+        return self.closed and self.head == len(self.rows)
 
     @property
     def startable(self) -> bool:

@@ -18,7 +18,7 @@ from functools import partial
 from batcher.engine import Engine, EngineOutOfMemoryError, Plan, Segment
 from batcher.errors import StoppedError
 from batcher.outbox import Outbox
-from batcher.request import Request
+from batcher.request import Event, Request, RequestFailed, SegmentEnded
 from batcher.scheduler import Counters, Delivery, Policy, Scheduler
 
 Clock = Callable[[], float]
@@ -42,6 +42,45 @@ class Stats:
     def utilization(self) -> float:
         """Work that lies before the engine, in seconds of its time; above 1 callers wait noticeably."""
         return self.work_seconds / self.speed
+
+
+class Speaking:
+    """A request that is being spoken, for the event loop that reads it and may still add to it."""
+
+    def __init__(self, runner: Runner, request: Request, outbox: Outbox) -> None:
+        self._runner = runner
+        self._request = request
+        self._outbox = outbox
+        self._room = asyncio.Event()
+        self._added = len(request.segments)
+        self._ended = 0
+
+    async def get(self) -> Event:
+        """Takes the next event, waiting for it. One reader only."""
+        event = await self._outbox.get()
+        if isinstance(event, SegmentEnded):
+            self._ended += 1
+            self._room.set()
+        return event
+
+    def extend(self, segments: Sequence[Segment]) -> None:
+        """Adds segments."""
+        self._added += len(segments)
+        self._runner.extend(self._request, segments)
+
+    def close(self) -> None:
+        """Says that no segments will be added."""
+        self._runner.close(self._request)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the events with RequestFailed, on behalf of the one who adds segments."""
+        self._outbox.put(RequestFailed(error))
+
+    async def room(self, segments: int) -> None:
+        """Waits until fewer segments than that are yet to be heard."""
+        while self._added - self._ended >= segments:
+            self._room.clear()
+            await self._room.wait()
 
 
 class Runner:
@@ -93,11 +132,19 @@ class Runner:
 
     @asynccontextmanager
     async def speak(
-        self, segments: Sequence[Segment], *, max_rows: int, deadline: float | None = None, tenant: str = ""
-    ) -> AsyncIterator[Outbox]:
-        """Speaks segments. Read the outbox until RequestEnded or RequestFailed; leaving earlier cancels.
+        self,
+        segments: Sequence[Segment],
+        *,
+        max_rows: int,
+        deadline: float | None = None,
+        tenant: str = "",
+        closed: bool = True,
+        expected_steps: int = 0,
+    ) -> AsyncIterator[Speaking]:
+        """Speaks segments. Read its events until RequestEnded or RequestFailed; leaving earlier cancels.
 
-        `deadline`: on the runner's clock, in seconds.
+        `deadline`: on the runner's clock, in seconds. `closed`: these are all; otherwise more can be added, until it is
+        closed. `expected_steps`: of all its segments, also those still to come, as far as that is known.
 
         Raises:
             QueueFullError: too much work lies before the engine.
@@ -105,19 +152,31 @@ class Runner:
             StoppedError: the batcher has stopped.
         """
         outbox = Outbox(self._window, self._wake)
-        request = Request(segments, outbox, max_rows, deadline, tenant)
+        request = Request(segments, outbox, max_rows, deadline, tenant, closed, expected_steps)
         with self._changed:
             if self._stopping:
                 raise StoppedError("stopping")
             self.scheduler.submit(request, self._clock())
         self._wake()
         try:
-            yield outbox
+            yield Speaking(self, request, outbox)
         finally:
             if not request.over:
                 with self._changed:
                     self.scheduler.cancel(request)
                 self._wake()
+
+    def extend(self, request: Request, segments: Sequence[Segment]) -> None:
+        """Adds segments to an open request."""
+        with self._changed:
+            self.scheduler.extend(request, segments)
+        self._wake()
+
+    def close(self, request: Request) -> None:
+        """Says that an open request is complete."""
+        with self._changed:
+            deliveries = self.scheduler.close(request)
+        _put(deliveries)
 
     @property
     def dead(self) -> bool:

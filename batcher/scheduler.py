@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from batcher.engine import Caps, EndReason, Join, Pcm, Plan, Report, RowRef, RowReport, Vocode
+from batcher.engine import Caps, EndReason, Join, Pcm, Plan, Report, RowRef, RowReport, Segment, Vocode
 from batcher.errors import (
     BatcherError,
     DeadlinePassedError,
@@ -131,6 +131,17 @@ class Scheduler:
         self.counters.submitted += 1
         self._requests.add(request)
         self._release_rows(request)
+
+    def extend(self, request: Request, segments: Sequence[Segment]) -> None:
+        """Adds segments to an open request."""
+        if not request.over:
+            request.rows += [Row(request, segment, self.caps.predict(segment)) for segment in segments]
+            self._release_rows(request)
+
+    def close(self, request: Request) -> list[Delivery]:
+        """Says that an open request is complete. What is to be delivered now is its end, if all else has been."""
+        request.closed = True
+        return [(request, self._finish(request))] if request.delivered and not request.over else []
 
     def cancel(self, request: Request) -> None:
         """Ends a request whose reader has gone: its slots are free at the next tick."""
@@ -314,7 +325,7 @@ class Scheduler:
             request.head += 1
             if row.ref is not None:
                 del self._rows[row.ref.row]
-        if request.head == len(request.rows):
+        if request.delivered:
             deliveries.append((request, self._finish(request)))
         else:
             self._release_rows(request)
@@ -343,7 +354,7 @@ class Scheduler:
         if request.deadline is None:
             return
         steps = [row.prediction.steps_p50 for row in request.rows]
-        own_steps = max(max(steps), sum(steps) / request.max_rows)
+        own_steps = max(max(steps), max(sum(steps), request.expected_steps) / request.max_rows)
         own = own_steps * self.caps.step_seconds(min(len(self._running) + len(steps), self.caps.max_rows))
         if now + self.work_seconds / self.speed + own > request.deadline:
             self.counters.refused["late"] += 1

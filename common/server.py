@@ -110,6 +110,9 @@ def server_options(limits: LimitSettings) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", limits.message_bytes),
         ("grpc.max_send_message_length", limits.message_bytes),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_PERMITTED_MS),
+        # A caller who sends faster than it is read waits in its own memory, not in ours.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 65_536),
         # A second process on the same port would silently take half of the connections.
         ("grpc.so_reuseport", 0),
     ]

@@ -18,7 +18,7 @@ ANYONE = "anyone"
 """The tenant of callers who are not told apart."""
 
 Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[Any, Any]"
-StreamMethod: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[Any, Any]"
+StreamMethod: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[Any, Any] | grpc.aio.StreamStreamMultiCallable[Any, Any]"
 
 
 class Pipeline:
@@ -35,7 +35,10 @@ class Pipeline:
             raise told(error) from error
 
     async def stream(self, method: StreamMethod, request: Any, context: Context) -> AsyncGenerator[Any, None]:
-        """Asks a backend, and passes each message on before it takes the next: nothing piles up here."""
+        """Asks a backend, and passes each message on before it takes the next: nothing piles up here.
+
+        `request`: a message, or an iterator of messages where the method takes a stream.
+        """
         call = method(request, metadata=self._metadata(), timeout=self._timeout(context))
         try:
             async for message in call:

@@ -36,14 +36,11 @@ class Servicer(
         """Forwarded."""
         return self._pipeline.stream(self._speech.StreamSynthesize, request, context)
 
-    async def StreamSynthesizeText(
+    def StreamSynthesizeText(
         self, request: AsyncIterator[tts_pb2.StreamSynthesizeTextRequest], context: Context
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeTextResponse, None]:
-        """Not served yet."""
-        raise Unimplemented(
-            "StreamSynthesizeText is not served by this version; use StreamSynthesize", "NOT_YET_SERVED"
-        )
-        yield
+        """Forwarded, both ways as it comes."""
+        return self._pipeline.stream(self._speech.StreamSynthesizeText, request, context)
 
     async def NormalizeText(
         self, request: tts_pb2.NormalizeTextRequest, context: Context

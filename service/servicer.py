@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from importlib.metadata import version
+from typing import Any
 
 from audio.formats import SERVED, Format, resolve
 from audio.headers import with_known_length
-from batcher.engine import Segment
 from batcher.runner import Runner
 from common.calls import Context, current_call
-from common.errors import InvalidArgument, NotFound, OutOfRange, Unimplemented, Violation, quoted
+from common.errors import InvalidArgument, NotFound, OutOfRange, Violation, quoted
 from common.metadata import ORCA_LOAD, REQUEST_ID
 from common.settings import Settings
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 from service.engines.base import SpeechEngine
 from service.load import LoadReporter
-from service.speaking import SpeechMessage, speak, wire_format
-from service.speech import Speech, SpeechRequest, parse
-from service.text import FRONT_END_REVISION
+from service.script import Script, WholeText, WrittenText, read_config
+from service.speaking import SpeechMessage, Terms, rejected_characters, speak, wire_format
+from service.speech import (
+    Manner,
+    estimate_steps,
+    language_faults,
+    match_language,
+    parse,
+    parse_config,
+    text_faults,
+    voice_faults,
+)
+from service.text import FRONT_END_REVISION, split
 from service.voices import VOICES
 
 ESTIMATE_MARGIN = 1.25
@@ -30,6 +41,14 @@ REPLY_OVERHEAD_BYTES = 64 * 1024
 """Room in a unary reply for all that is not audio."""
 
 DEFAULT_PAGE = 100
+
+FIELDS: Mapping[type, str] = {
+    tts_pb2.StreamStart: "start",
+    tts_pb2.AudioChunk: "chunk",
+    tts_pb2.SegmentMark: "mark",
+    tts_pb2.StreamEnd: "end",
+}
+"""Where in a stream's reply a message goes."""
 
 
 class Servicer(
@@ -47,55 +66,72 @@ class Servicer(
 
     async def Synthesize(self, request: tts_pb2.SynthesizeRequest, context: Context) -> tts_pb2.SynthesizeResponse:
         """Collects the stream of the same speech."""
-        speech = parse(request, self._engine, self._settings.limits)
-        self._check_fits_reply(speech)
+        manner = parse(request, self._engine, self._settings.limits)
+        steps = estimate_steps(request.text, manner, self._engine)
+        self._check_fits_reply(steps, manner.format)
         response = tts_pb2.SynthesizeResponse()
         audio = bytearray()
-        async with aclosing(self._speak(request, speech, context, self._settings.batcher.unary_rows)) as messages:
+        terms = Terms(self._settings.batcher.unary_rows, self._deadline(context), steps)
+        async with aclosing(self._speak_whole(request.text, manner, terms, context)) as messages:
             async for message in messages:
                 match message:
                     case tts_pb2.AudioChunk():
                         audio += message.data
-                        self._check_still_fits(len(audio), message.start_sample, speech.format)
+                        self._check_still_fits(len(audio), message.start_sample, manner.format)
                     case tts_pb2.StreamStart():
                         response.start.CopyFrom(message)
                     case tts_pb2.SegmentMark():
                         response.marks.append(message)
                     case tts_pb2.StreamEnd():
-                        self._check_still_fits(len(audio), message.sample_count, speech.format)
+                        self._check_still_fits(len(audio), message.sample_count, manner.format)
                         response.end.CopyFrom(message)
-        response.audio = with_known_length(bytes(audio), speech.format, response.end.sample_count)
+        response.audio = with_known_length(bytes(audio), manner.format, response.end.sample_count)
         return response
 
     async def StreamSynthesize(
         self, request: tts_pb2.StreamSynthesizeRequest, context: Context
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeResponse, None]:
         """Sends the speech as it is made."""
-        speech = parse(request, self._engine, self._settings.limits)
-        async with aclosing(self._speak(request, speech, context, self._settings.batcher.stream_rows)) as messages:
+        manner = parse(request, self._engine, self._settings.limits)
+        steps = estimate_steps(request.text, manner, self._engine)
+        terms = Terms(self._settings.batcher.stream_rows, self._deadline(context), steps)
+        async with aclosing(self._speak_whole(request.text, manner, terms, context)) as messages:
             async for message in messages:
-                match message:
-                    case tts_pb2.AudioChunk():
-                        yield tts_pb2.StreamSynthesizeResponse(chunk=message)
-                    case tts_pb2.StreamStart():
-                        yield tts_pb2.StreamSynthesizeResponse(start=message)
-                    case tts_pb2.SegmentMark():
-                        yield tts_pb2.StreamSynthesizeResponse(mark=message)
-                    case tts_pb2.StreamEnd():
-                        yield tts_pb2.StreamSynthesizeResponse(end=message)
+                yield tts_pb2.StreamSynthesizeResponse(**_field(message))
 
     async def StreamSynthesizeText(
         self, request: AsyncIterator[tts_pb2.StreamSynthesizeTextRequest], context: Context
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeTextResponse, None]:
-        """Not served yet."""
-        raise _not_yet("StreamSynthesizeText", "StreamSynthesize")
-        yield
+        """Sends the speech while its text is written."""
+        manner = parse_config(await read_config(request), self._engine)
+        terms = Terms(self._settings.batcher.stream_rows, self._deadline(context))
+        script = WrittenText(request, manner.language, self._settings.limits)
+        async with aclosing(script), aclosing(self._speak(manner, script, terms, context)) as messages:
+            async for message in messages:
+                yield tts_pb2.StreamSynthesizeTextResponse(**_field(message))
 
     async def NormalizeText(
         self, request: tts_pb2.NormalizeTextRequest, context: Context
     ) -> tts_pb2.NormalizeTextResponse:
-        """Not served yet."""
-        raise _not_yet("NormalizeText", "the marks of Synthesize, which tell the spoken text")
+        """Splits and reads the text, and stops there."""
+        faults = [
+            *text_faults(request.text, self._settings.limits),
+            *voice_faults(request.voice, self._engine),
+            *language_faults(request.language, self._engine),
+        ]
+        if faults:
+            raise InvalidArgument.of(faults)
+        response = tts_pb2.NormalizeTextResponse()
+        for part in split(request.text, match_language(request.language, self._engine.languages)):
+            response.segments.add(
+                start_byte=part.start_byte,
+                end_byte=part.end_byte,
+                spoken_text=part.spoken_text,
+                language=part.language,
+            )
+            response.rejected_characters.extend(rejected_characters(part))
+            await asyncio.sleep(0)  # others' calls go on between two segments
+        return response
 
     async def ListVoices(self, request: tts_pb2.ListVoicesRequest, context: Context) -> tts_pb2.ListVoicesResponse:
         """A page of voices; the token is the last name of the page before."""
@@ -142,26 +178,34 @@ class Servicer(
             formats=[wire_format(resolve(container, codec, 0, rate)) for container, codec in SERVED],
         )
 
+    async def _speak_whole(
+        self, text: str, manner: Manner, terms: Terms, context: Context
+    ) -> AsyncGenerator[SpeechMessage, None]:
+        current_call().facts["characters"] = len(text)
+        async with aclosing(self._speak(manner, WholeText(text, manner.language), terms, context)) as messages:
+            async for message in messages:
+                yield message
+
     async def _speak(
-        self, request: SpeechRequest, speech: Speech, context: Context, max_rows: int
+        self, manner: Manner, script: Script, terms: Terms, context: Context
     ) -> AsyncGenerator[SpeechMessage, None]:
         call = current_call()
-        call.facts["characters"] = len(request.text)
         self._load.count_call()
-        limits = self._settings.limits
-        remaining = context.time_remaining()
-        seconds = limits.deadline_default if remaining is None else min(remaining, limits.deadline_max)
-        deadline = time.monotonic() + seconds
-        speaking = speak(self._runner, self._engine, speech, call, max_rows=max_rows, deadline=deadline)
-        async with aclosing(speaking) as messages:
+        async with aclosing(speak(self._runner, self._engine, manner, script, call, terms)) as messages:
             async for message in messages:
                 if isinstance(message, tts_pb2.StreamEnd):
                     context.set_trailing_metadata(((REQUEST_ID, call.request_id), (ORCA_LOAD, self._load.report())))
                 yield message
 
-    def _check_fits_reply(self, speech: Speech) -> None:
-        seconds = _estimate(speech.segments, self._engine)
-        limit = self._max_reply_seconds(speech.format)
+    def _deadline(self, context: Context) -> float:
+        limits = self._settings.limits
+        remaining = context.time_remaining()
+        seconds = limits.deadline_default if remaining is None else min(remaining, limits.deadline_max)
+        return time.monotonic() + seconds
+
+    def _check_fits_reply(self, steps: int, format: Format) -> None:
+        seconds = steps / self._engine.caps.steps_per_second
+        limit = self._max_reply_seconds(format)
         if seconds > limit * ESTIMATE_MARGIN:
             description = (
                 f"would be about {seconds:.0f} s of audio; a unary reply holds {limit:.0f} s: "
@@ -190,10 +234,5 @@ class Servicer(
         return tts_pb2.Voice(name=name, description=VOICES[name], languages=self._engine.languages)
 
 
-def _estimate(segments: tuple[Segment, ...], engine: SpeechEngine) -> float:
-    steps = sum(engine.caps.predict(segment).steps_p50 for segment in segments)
-    return steps / engine.caps.steps_per_second
-
-
-def _not_yet(method: str, instead: str) -> Unimplemented:
-    return Unimplemented(f"{method} is not served by this version; use {instead}", "NOT_YET_SERVED")
+def _field(message: SpeechMessage) -> dict[str, Any]:
+    return {FIELDS[type(message)]: message}

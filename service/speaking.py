@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 
 from audio.background import BackgroundEncoder, Piece
 from audio.formats import Format
-from batcher.engine import EndReason
+from batcher.engine import EndReason, Segment
 from batcher.errors import (
     BatcherError,
     DeadlinePassedError,
@@ -20,7 +24,7 @@ from batcher.errors import (
     StoppedError,
 )
 from batcher.request import Audio, RequestEnded, RequestFailed, SegmentEnded
-from batcher.runner import Runner
+from batcher.runner import Runner, Speaking
 from common import metrics
 from common.calls import Call
 from common.errors import (
@@ -34,13 +38,17 @@ from common.errors import (
 )
 from protos.chorus.v1 import tts_pb2
 from service.engines.base import SpeechEngine
-from service.speech import Speech
+from service.script import BargeIn, Script
+from service.speech import Manner
+from service.text import TextSegment
 
 SpeechMessage = tts_pb2.StreamStart | tts_pb2.AudioChunk | tts_pb2.SegmentMark | tts_pb2.StreamEnd
 
 JITTER = 0.2
 """The share by which a refused caller's delay is made longer at random, so that not all come back at once."""
 
+MAX_AHEAD = 64
+"""Segments that may wait behind the one that is heard. Beyond it a caller who writes is read no further."""
 
 FINISH_REASONS = {
     EndReason.COMPLETE: tts_pb2.FINISH_REASON_COMPLETE,
@@ -48,54 +56,121 @@ FINISH_REASONS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a call allows its speech. `deadline`: on the runner's clock, in seconds."""
+
+    max_rows: int
+    deadline: float
+    expected_steps: int = 0
+
+
 async def speak(
-    runner: Runner, engine: SpeechEngine, speech: Speech, call: Call, *, max_rows: int, deadline: float
+    runner: Runner, engine: SpeechEngine, manner: Manner, script: Script, call: Call, terms: Terms
 ) -> AsyncGenerator[SpeechMessage, None]:
     """Speaks: one start, then chunks and marks in order, then one end. Closing it cancels.
-
-    `deadline`: on the runner's clock, in seconds.
 
     Raises:
         ChorusError: what the caller is told instead of the rest.
     """
-    teller = _Teller(speech, engine, call)
+    teller = _Teller(manner, engine, call)
     try:
-        async with runner.speak(speech.segments, max_rows=max_rows, deadline=deadline, tenant=call.tenant) as outbox:
-            with BackgroundEncoder(speech.format, engine.caps.sample_rate_hertz) as encoder:
-                while True:
-                    event = await outbox.get()
-                    match event:
-                        case Audio():
-                            for part in encoder.parts(event.data):
-                                for message in teller.piece(await encoder.encode(part), encoder.samples):
-                                    yield message
-                        case SegmentEnded():
-                            for message in teller.segment(event, encoder.samples):
-                                yield message
-                        case RequestEnded():
-                            if not event.samples:
-                                raise _silent()
-                            for message in teller.piece(await encoder.finish(), encoder.samples):
-                                yield message
-                            yield teller.end(event)
-                            return
-                        case RequestFailed():
-                            raise event.error
+        rows = teller.cast(await script.more())
+        if not rows:
+            raise _silent()
+        async with (
+            runner.speak(
+                rows,
+                max_rows=terms.max_rows,
+                deadline=terms.deadline,
+                tenant=call.tenant,
+                closed=script.done,
+                expected_steps=terms.expected_steps,
+            ) as speaking,
+            _fed(speaking, script, teller),
+        ):
+            with BackgroundEncoder(manner.format, engine.caps.sample_rate_hertz) as encoder:
+                async for message in _messages(speaking, encoder, teller):
+                    yield message
+    except BargeIn:
+        yield teller.cancelled()
     except BatcherError as error:
         raise told(error) from error
+
+
+async def _messages(
+    speaking: Speaking, encoder: BackgroundEncoder, teller: _Teller
+) -> AsyncGenerator[SpeechMessage, None]:
+    """The batcher's events as messages of the stream."""
+    while True:
+        event = await speaking.get()
+        match event:
+            case Audio():
+                for part in encoder.parts(event.data):
+                    for message in teller.piece(await encoder.encode(part), encoder.samples):
+                        yield message
+            case SegmentEnded():
+                for message in teller.segment(event, encoder.samples):
+                    yield message
+            case RequestEnded():
+                if not event.samples:
+                    raise _silent()
+                for message in teller.piece(await encoder.finish(), encoder.samples):
+                    yield message
+                for message in teller.end(event):
+                    yield message
+                return
+            case RequestFailed():
+                raise event.error
+
+
+@asynccontextmanager
+async def _fed(speaking: Speaking, script: Script, teller: _Teller) -> AsyncIterator[None]:
+    """Adds the rest of the script while the first of it is heard."""
+    feeding = None if script.done else asyncio.create_task(_feed(speaking, script, teller))
+    try:
+        yield
+    finally:
+        if feeding is not None:
+            feeding.cancel()
+
+
+async def _feed(speaking: Speaking, script: Script, teller: _Teller) -> None:
+    try:
+        while not script.done:
+            await speaking.room(MAX_AHEAD)
+            if rows := teller.cast(await script.more()):
+                speaking.extend(rows)
+            await asyncio.sleep(0)
+        speaking.close()
+    except Exception as error:
+        speaking.fail(error)
 
 
 class _Teller:
     """Puts what became of a speech into the messages of its stream, in their order."""
 
-    def __init__(self, speech: Speech, engine: SpeechEngine, call: Call) -> None:
-        self._speech = speech
+    def __init__(self, manner: Manner, engine: SpeechEngine, call: Call) -> None:
+        self._manner = manner
         self._engine = engine
         self._call = call
         self._first_audio: float | None = None
         self._sequence = 0
+        self._samples = 0
+        self._parts: list[TextSegment] = []
+        """Those that became rows."""
+        self._rest: TextSegment | None = None
+        """What was left at the end, and has nothing to speak."""
         self._marks: deque[tts_pb2.SegmentMark] = deque()
         """Of segments whose last audio the encoder still holds."""
+
+    def cast(self, parts: Sequence[TextSegment]) -> list[Segment]:
+        """Parts of the text as rows, and remembers them."""
+        spoken = [part for part in parts if part.spoken_text]
+        self._rest = next((part for part in parts if not part.spoken_text), None)
+        first = len(self._parts)
+        self._parts += spoken
+        return [self._manner.segment(part, first + index) for index, part in enumerate(spoken)]
 
     def piece(self, piece: Piece | None, samples: int) -> Iterator[SpeechMessage]:
         """The next bytes, if there are any. `samples`: those that can be heard with them."""
@@ -110,43 +185,60 @@ class _Teller:
 
     def segment(self, event: SegmentEnded, samples: int) -> Iterator[SpeechMessage]:
         """The mark of a segment, once its last audio has left."""
-        part = self._speech.parts[event.index]
-        mark = tts_pb2.SegmentMark(
-            start_byte=part.start_byte,
-            end_byte=part.end_byte,
-            spoken_text=part.spoken_text,
-            start_sample=self._at_rate(event.start_sample),
-            end_sample=self._at_rate(event.end_sample),
-        )
-        self._marks.append(mark)
+        self._samples = event.end_sample
+        self._marks.append(self._mark(self._parts[event.index], event.start_sample, event.end_sample))
         yield from self._due(samples)
 
-    def end(self, event: RequestEnded) -> tts_pb2.StreamEnd:
+    def end(self, event: RequestEnded) -> Iterator[SpeechMessage]:
         """The facts of the whole, told to metrics and log as well."""
+        if self._rest is not None:
+            yield self._mark(self._rest, event.samples, event.samples)
         first_audio = self._first_audio or 0.0
         seconds = event.samples / self._engine.caps.sample_rate_hertz
         metrics.AUDIO_SECONDS.inc(seconds)
         self._call.facts |= {
-            "voice": self._speech.voice,
-            "segments": len(self._speech.parts),
+            "voice": self._manner.voice,
+            "segments": len(self._parts),
             "audio_s": round(seconds, 3),
             "queue_ms": round(event.queue_seconds * 1000, 1),
             "first_audio_ms": round(first_audio * 1000, 1),
         }
-        timings = tts_pb2.Timings(
-            queue_ms=event.queue_seconds * 1000,
-            first_audio_ms=first_audio * 1000,
+        yield tts_pb2.StreamEnd(
+            finish_reason=FINISH_REASONS[event.reason],
+            sample_count=self._at_rate(event.samples),
+            timings=self._timings(event.queue_seconds),
+        )
+
+    def cancelled(self) -> tts_pb2.StreamEnd:
+        """The end of a speech that its caller has cut short. Counts the samples of whole segments."""
+        return tts_pb2.StreamEnd(
+            finish_reason=tts_pb2.FINISH_REASON_CANCELLED,
+            sample_count=self._at_rate(self._samples),
+            timings=self._timings(0.0),
+        )
+
+    def _timings(self, queue_seconds: float) -> tts_pb2.Timings:
+        return tts_pb2.Timings(
+            queue_ms=queue_seconds * 1000,
+            first_audio_ms=(self._first_audio or 0.0) * 1000,
             total_ms=(time.monotonic() - self._call.arrived) * 1000,
         )
-        return tts_pb2.StreamEnd(
-            finish_reason=FINISH_REASONS[event.reason], sample_count=self._at_rate(event.samples), timings=timings
+
+    def _mark(self, part: TextSegment, start: int, end: int) -> tts_pb2.SegmentMark:
+        return tts_pb2.SegmentMark(
+            start_byte=part.start_byte,
+            end_byte=part.end_byte,
+            spoken_text=part.spoken_text,
+            start_sample=self._at_rate(start),
+            end_sample=self._at_rate(end),
+            rejected_characters=rejected_characters(part),
         )
 
     def _start(self) -> tts_pb2.StreamStart:
         return tts_pb2.StreamStart(
-            format=wire_format(self._speech.format),
-            voice=self._speech.voice,
-            seed=self._speech.seed,
+            format=wire_format(self._manner.format),
+            voice=self._manner.voice,
+            seed=self._manner.seed,
             cache_status=tts_pb2.CACHE_STATUS_BYPASS,
             engine=self._engine.name,
             model_revision=self._engine.model_revision,
@@ -158,7 +250,7 @@ class _Teller:
             yield self._marks.popleft()
 
     def _at_rate(self, sample: int) -> int:
-        return self._speech.format.at_rate(sample, self._engine.caps.sample_rate_hertz)
+        return self._manner.format.at_rate(sample, self._engine.caps.sample_rate_hertz)
 
 
 def told(error: BatcherError) -> ChorusError:
@@ -182,6 +274,12 @@ def told(error: BatcherError) -> ChorusError:
     raise error
 
 
+def rejected_characters(part: TextSegment) -> list[tts_pb2.RejectedCharacter]:
+    """What of a part no engine can speak, as the contract writes it."""
+    return [tts_pb2.RejectedCharacter(character=r.character, start_byte=r.start_byte) for r in part.rejected]
+
+
+@lru_cache
 def wire_format(format: Format) -> tts_pb2.AudioFormat:
     """A format as the contract writes it, every field set."""
     return tts_pb2.AudioFormat(

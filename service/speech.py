@@ -14,10 +14,13 @@ from common.errors import InvalidArgument, Violation
 from common.settings import LimitSettings
 from protos.chorus.v1 import tts_pb2
 from service.engines.base import SpeechEngine
-from service.text import FRONT_END_REVISION, TextSegment, has_speech, split
+from service.text import FRONT_END_REVISION, TextSegment, detect_language, has_speech
 from service.voices import DEFAULT_VOICE
 
 SpeechRequest = tts_pb2.SynthesizeRequest | tts_pb2.StreamSynthesizeRequest
+
+ESTIMATED_AT_ONCE = 100
+"""Characters whose length is estimated together: about a segment."""
 
 ALIASES: Mapping[str, str] = {"zh": "zh-cn", "cmn": "zh-cn", "en": "en-us", "zh-yue": "yue", "zh-hk": "yue"}
 """Language tags that mean another one, in lower case."""
@@ -35,56 +38,62 @@ RANGES: Mapping[str, Mapping[str, tuple[float, float]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Speech:
-    """One thing to say, wholly decided."""
+class Manner:
+    """How something is to be said, wholly decided."""
 
-    parts: tuple[TextSegment, ...]
-    segments: tuple[Segment, ...]
     voice: str
+    language: str | None
+    """A served tag; None: detected from the text."""
     seed: int
     format: Format
+    controls: Controls
+    sampling: Sampling
+    refine_text: bool
+
+    def segment(self, part: TextSegment, index: int) -> Segment:
+        """A part of the text as the engine is given it."""
+        return Segment(
+            text=part.spoken_text,
+            voice=self.voice,
+            language=part.language,
+            index=index,
+            seed=self.seed,
+            controls=self.controls,
+            sampling=self.sampling,
+            refine_text=self.refine_text,
+        )
 
 
-def parse(request: SpeechRequest, engine: SpeechEngine, limits: LimitSettings) -> Speech:
-    """Checks a request and decides what it left open.
+def parse(request: SpeechRequest, engine: SpeechEngine, limits: LimitSettings) -> Manner:
+    """Checks a request for a whole text, and decides what it left open.
 
     Raises:
         InvalidArgument: names every faulty field.
     """
-    format, format_faults = _format(request.format, engine.caps.sample_rate_hertz)
-    violations = [
-        *_text_faults(request.text, limits),
-        *_voice_faults(request.voice, engine),
-        *_language_faults(request.language, engine),
-        *format_faults,
-        *_range_faults("controls", request.controls),
-        *_range_faults("sampling", request.sampling),
-    ]
-    if violations or format is None:
-        raise InvalidArgument.of(violations)
-    parts = tuple(split(request.text, match_language(request.language, engine.languages)))
-    voice = request.voice or DEFAULT_VOICE
-    seed = request.sampling.seed if request.sampling.HasField("seed") else derive_seed(request, engine)
-    segments = tuple(
-        Segment(
-            text=part.spoken_text,
-            voice=voice,
-            language=part.language,
-            index=index,
-            seed=seed,
-            controls=Controls(**{"speed": 1.0} | _set_fields(request.controls)),
-            sampling=Sampling(**{k: v for k, v in _set_fields(request.sampling).items() if k != "seed"}),
-            refine_text=request.refine_text,
-        )
-        for index, part in enumerate(parts)
-    )
-    return Speech(parts, segments, voice, seed, format)
+    return _manner(request, engine, text_faults(request.text, limits))
 
 
-def derive_seed(request: SpeechRequest, engine: SpeechEngine) -> int:
+def parse_config(config: tts_pb2.StreamConfig, engine: SpeechEngine) -> Manner:
+    """Checks how a text that is still being written is to be said.
+
+    Raises:
+        InvalidArgument: names every faulty field.
+    """
+    return _manner(config, engine, [], prefix="config.")
+
+
+def estimate_steps(text: str, manner: Manner, engine: SpeechEngine) -> int:
+    """Steps that a whole text may take, as far as one can tell before it is split and read."""
+    language = manner.language or match_language(detect_language(text), engine.languages) or engine.languages[0]
+    pieces = (text[start : start + ESTIMATED_AT_ONCE] for start in range(0, len(text), ESTIMATED_AT_ONCE))
+    segments = (Segment(piece, manner.voice, language, controls=manner.controls) for piece in pieces)
+    return sum(engine.caps.predict(segment).steps_p50 for segment in segments)
+
+
+def derive_seed(request: SpeechRequest | tts_pb2.StreamConfig, engine: SpeechEngine) -> int:
     """The seed of a request that names none: equal requests sound equal, in whatever format."""
     asked = tts_pb2.SynthesizeRequest(
-        text=request.text.strip(),
+        text="" if isinstance(request, tts_pb2.StreamConfig) else request.text.strip(),
         voice=request.voice or DEFAULT_VOICE,
         language=request.language.lower(),
         controls=request.controls,
@@ -94,6 +103,32 @@ def derive_seed(request: SpeechRequest, engine: SpeechEngine) -> int:
     revision = f"{engine.model_revision} {FRONT_END_REVISION}"
     digest = hashlib.sha256(revision.encode() + b"\0" + asked.SerializeToString(deterministic=True)).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def text_faults(text: str, limits: LimitSettings) -> list[Violation]:
+    """What is wrong with a whole text."""
+    if not text:
+        return [Violation("text", "is empty")]
+    faults = []
+    if len(text) > limits.text_characters:
+        faults.append(Violation("text", f"has {len(text)} characters; at most {limits.text_characters} are taken"))
+    if not has_speech(text):
+        faults.append(Violation("text", "has nothing to speak in it: no letter and no digit"))
+    return faults
+
+
+def voice_faults(voice: str, engine: SpeechEngine) -> list[Violation]:
+    """What is wrong with a voice's name."""
+    if not voice or voice in engine.voices:
+        return []
+    return [Violation("voice", f"is not known; known are {', '.join(engine.voices)}")]
+
+
+def language_faults(language: str, engine: SpeechEngine) -> list[Violation]:
+    """What is wrong with a language's tag."""
+    if not language or match_language(language, engine.languages):
+        return []
+    return [Violation("language", f"is not served; served are {', '.join(engine.languages)}")]
 
 
 def match_language(asked: str, served: tuple[str, ...]) -> str | None:
@@ -107,27 +142,32 @@ def match_language(asked: str, served: tuple[str, ...]) -> str | None:
     return None
 
 
-def _text_faults(text: str, limits: LimitSettings) -> list[Violation]:
-    if not text:
-        return [Violation("text", "is empty")]
-    faults = []
-    if len(text) > limits.text_characters:
-        faults.append(Violation("text", f"has {len(text)} characters; at most {limits.text_characters} are taken"))
-    if not has_speech(text):
-        faults.append(Violation("text", "has nothing to speak in it: no letter and no digit"))
-    return faults
-
-
-def _voice_faults(voice: str, engine: SpeechEngine) -> list[Violation]:
-    if not voice or voice in engine.voices:
-        return []
-    return [Violation("voice", f"is not known; known are {', '.join(engine.voices)}")]
-
-
-def _language_faults(language: str, engine: SpeechEngine) -> list[Violation]:
-    if not language or match_language(language, engine.languages):
-        return []
-    return [Violation("language", f"is not served; served are {', '.join(engine.languages)}")]
+def _manner(
+    request: SpeechRequest | tts_pb2.StreamConfig,
+    engine: SpeechEngine,
+    faults_of_text: list[Violation],
+    prefix: str = "",
+) -> Manner:
+    format, format_faults = _format(request.format, engine.caps.sample_rate_hertz)
+    faults = [
+        *voice_faults(request.voice, engine),
+        *language_faults(request.language, engine),
+        *format_faults,
+        *_range_faults("controls", request.controls),
+        *_range_faults("sampling", request.sampling),
+    ]
+    violations = faults_of_text + [Violation(prefix + fault.field, fault.description) for fault in faults]
+    if violations or format is None:
+        raise InvalidArgument.of(violations)
+    return Manner(
+        voice=request.voice or DEFAULT_VOICE,
+        language=match_language(request.language, engine.languages),
+        seed=request.sampling.seed if request.sampling.HasField("seed") else derive_seed(request, engine),
+        format=format,
+        controls=Controls(**{"speed": 1.0} | _set_fields(request.controls)),
+        sampling=Sampling(**{k: v for k, v in _set_fields(request.sampling).items() if k != "seed"}),
+        refine_text=request.refine_text,
+    )
 
 
 def _format(asked: tts_pb2.AudioFormat, engine_rate: int) -> tuple[Format | None, list[Violation]]:

@@ -248,8 +248,6 @@ async def test_unknown_methods(door: Door, path: str) -> None:
 async def test_calls_that_are_not_served_yet(door: Door) -> None:
     jobs = door.jobs
     for call in (
-        door.speech.NormalizeText(tts_pb2.NormalizeTextRequest(text="hi")),
-        drain(door.speech.StreamSynthesizeText()),
         jobs.CreateJob(tts_pb2.CreateJobRequest(text="hi")),
         jobs.GetJob(tts_pb2.GetJobRequest()),
         jobs.ListJobs(tts_pb2.ListJobsRequest()),

@@ -53,8 +53,18 @@ async def running(engine: VirtualEngine, policy: Policy = UNLIMITED, **options: 
             yield runner
     finally:
         engine.gate.open()
-        await runner.stop()
+        await stop(runner)
     assert not engine.violations
+
+
+async def stop(runner: Runner) -> None:
+    stopping = asyncio.create_task(runner.stop())
+    try:
+        await asyncio.wait_for(asyncio.shield(stopping), PATIENCE)
+    except TimeoutError:
+        runner._wake()  # or the thread would outlive the test
+        await stopping
+        raise
 
 
 async def hear(runner: Runner, engine: VirtualEngine, segments: Sequence[Segment], **options: Any) -> Listener:

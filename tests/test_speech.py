@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from audio.formats import Codec, Container
-from batcher.engine import Controls, Sampling
+from batcher.engine import Controls, Sampling, Segment
 from common.errors import InvalidArgument
 from common.settings import LimitSettings, ToneSettings
 from protos.chorus.v1 import tts_pb2
 from service.engines.tone import ToneEngine
 from service.speech import RANGES, derive_seed, match_language, parse
+from service.text import split
 
 ENGINE = ToneEngine(ToneSettings())
 SERVED = ("en-US", "yue", "zh-CN")
@@ -77,6 +78,12 @@ def test_a_seed_is_derived_from_all_that_changes_the_sound() -> None:
     assert all(0 <= derive_seed(asked, ENGINE) < 2**32 for asked in other)
 
 
+def segments(asked: tts_pb2.SynthesizeRequest) -> list[Segment]:
+    """What the engine is given for a request."""
+    manner = parse(asked, ENGINE, LimitSettings())
+    return [manner.segment(part, index) for index, part in enumerate(split(asked.text, manner.language))]
+
+
 def test_another_model_means_another_seed() -> None:
     newer = ToneEngine(ToneSettings())
     newer.model_revision = "tone-2"
@@ -85,9 +92,9 @@ def test_another_model_means_another_seed() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
 def test_a_seed_that_is_given_is_used(seed: int) -> None:
-    speech = parse(request(sampling=tts_pb2.Sampling(seed=seed)), ENGINE, LimitSettings())
-    assert speech.seed == seed
-    assert {segment.seed for segment in speech.segments} == {seed}
+    asked = request(sampling=tts_pb2.Sampling(seed=seed))
+    assert parse(asked, ENGINE, LimitSettings()).seed == seed
+    assert {segment.seed for segment in segments(asked)} == {seed}
 
 
 def test_every_control_of_the_contract_has_a_range() -> None:
@@ -117,11 +124,12 @@ def test_ranges(field: str, inside: tuple[float, ...], outside: tuple[float, ...
 
 
 def test_what_is_left_open() -> None:
-    speech = parse(request("Hello. 你好。"), ENGINE, LimitSettings())
+    asked = request("Hello. 你好。")
+    speech = parse(asked, ENGINE, LimitSettings())
     assert speech.voice == "female1"
     assert (speech.format.container, speech.format.codec) == (Container.WAV, Codec.PCM_S16LE)
     assert speech.format.sample_rate_hertz == ENGINE.caps.sample_rate_hertz
-    assert {(segment.controls, segment.sampling) for segment in speech.segments} == {(Controls(), Sampling())}
+    assert {(segment.controls, segment.sampling) for segment in segments(asked)} == {(Controls(), Sampling())}
 
 
 def test_what_is_asked_for_reaches_every_segment() -> None:
@@ -133,9 +141,8 @@ def test_what_is_asked_for_reaches_every_segment() -> None:
         sampling=tts_pb2.Sampling(top_k=5, seed=9),
         refine_text=True,
     )
-    speech = parse(asked, ENGINE, LimitSettings())
-    assert len(speech.segments) == len(speech.parts) > 1
-    for index, segment in enumerate(speech.segments):
+    assert len(segments(asked)) > 1
+    for index, segment in enumerate(segments(asked)):
         assert (segment.index, segment.seed, segment.voice, segment.language) == (index, 9, "male2", "en-US")
         assert segment.controls == Controls(speed=1.0, oral=0, pause=7)
         assert segment.sampling == Sampling(top_k=5)

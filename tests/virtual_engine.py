@@ -28,7 +28,6 @@ from batcher.engine import (
     Segment,
     Vocode,
 )
-from batcher.errors import BatcherError
 from batcher.request import Audio, Event, Request, RequestEnded, RequestFailed, SegmentEnded
 from batcher.scheduler import Delivery, Policy, Scheduler
 
@@ -344,7 +343,7 @@ class Listener:
         self.received = 0
         self.taken = 0
         self.ended: RequestEnded | None = None
-        self.error: BatcherError | None = None
+        self.error: Exception | None = None
         self.wake: Callable[[], None] = lambda: None
         self.window = window
         self._unread: deque[int] = deque()

@@ -1,6 +1,20 @@
 """The text front end: from a caller's text to what an engine is given, segment by segment."""
 
+from service.text.clean import Rejected, has_speech
 from service.text.language import detect_language
-from service.text.segments import FRONT_END_REVISION, TextSegment, has_speech, split
+from service.text.normalizer import normalize, warm_up
+from service.text.segments import FRONT_END_REVISION, Segmenter, TextSegment, split
+from service.text.tags import strip_tags
 
-__all__ = ["FRONT_END_REVISION", "TextSegment", "detect_language", "has_speech", "split"]
+__all__ = [
+    "FRONT_END_REVISION",
+    "Rejected",
+    "Segmenter",
+    "TextSegment",
+    "detect_language",
+    "has_speech",
+    "normalize",
+    "split",
+    "strip_tags",
+    "warm_up",
+]

@@ -1,14 +1,18 @@
 """Splits a text into segments: what one row speaks.
 
-Three steps, each linear in the text's length:
+One mechanism for a whole text and for one that is still being written. `Segmenter` looks at the text from the end of
+the last segment on, in a window that grows until it is certain where the next segment ends:
 
-1. `_show` makes a copy of the text in which everything an engine should not see is a NUL, character for character, so
-   that places in the copy are places in the text.
-2. `_find_pauses` grades the places where a speaker pauses: ends of sentences, ends of clauses.
+1. `clean.show` hides what an engine should not see, character for character.
+2. `pauses` grades the places where a speaker pauses: ends of sentences, ends of clauses.
 3. `_cut` takes from the front as much as a segment holds, up to the best of those places.
+4. What was taken is normalised, and cut shorter where its spoken form is too long.
 
-Lengths are *weights*: a wide character (Chinese, Japanese, Korean; emoji) or a digit weighs 1, any other 0.4, a
-combining mark 0. So equal weights take about equal time to speak.
+A segment ends where nothing that follows could move its end. So segments depend on the text and on flushes, never on
+the pieces in which the text came, and only what is taken costs anything.
+
+Lengths are *weights*: a wide character (Chinese, Japanese, Korean) or a digit weighs 1, any other 0.4, a combining mark
+0. So equal weights take about equal time to speak.
 """
 
 from __future__ import annotations
@@ -20,57 +24,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from service.text.language import detect_language
+from service.text.clean import SPEECH, UNIT, Rejected, has_speech, plain, rejected, show, weights
+from service.text.language import Counts
+from service.text.normalizer import speak
+from service.text.pauses import (
+    CLAUSE,
+    IDEOGRAPHS,
+    LOOKAHEAD,
+    OPENERS,
+    SENTENCE,
+    count_quotes,
+    find_pauses,
+    forbid_inside,
+    open_quote,
+)
 
-FRONT_END_REVISION = "text-1"
+FRONT_END_REVISION = "text-2"
 """Changes whenever the same text would be spoken in other words or other segments."""
 
-_UNIT = 5
-"""Weights are counted in fifths, to be exact."""
 _MIN_MAX_CHARACTERS = 40
 """Any lower, and a letter between two runs of symbols might not fit."""
-_MAX_SYMBOLS = 16
-"""Symbols in a row that an engine is given at most."""
-_CLAUSE, _SENTENCE = 1, 2
+_WINDOW = 160
+"""Characters looked at first."""
+_COMPACT = 1 << 14
+"""Characters that may lie behind before they are dropped."""
 
-_REMEMBERED = 0x20000
-"""Code points below this are classified once. No caller can make the tables any larger."""
-
-_HIDDEN = "\0"
-_BLANK_LETTERS = "\u115f\u1160\u3164\uffa0"
-_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
-_IDEOGRAPHS = "\u2e80-\ua4cf\U00020000-\U0003ffff"
-"""Scripts that are written without spaces and may be split anywhere: Chinese, kana."""
-_OPENERS = "“‘«‹「『（([【［〈《〔〖{｛"
-_CLOSERS = "\"'”’»›」』）)\\]】］〉》〕〗}｝"
-_FIRM_MARKS = "。！？；…‥｡．؟۔।॥།።။។"
-_SOFT_MARKS = "，、：—―､﹐،؛၊"
-_PLAIN_MARKS = ".!?;,:"
-_TAIL = rf"[{_FIRM_MARKS}{_SOFT_MARKS}{_PLAIN_MARKS}{_CLOSERS}\0]*+"
-
-_SPEECH = re.compile(rf"[^\W_{_BLANK_LETTERS}]")
-_BLANK = re.compile(r"[ \n][ \n\0]++")
-_SYMBOLS = re.compile(rf"[\W_]{{{_MAX_SYMBOLS + 1},}}+")
-_PAUSE = re.compile(
-    rf"""
-    (?=[\n{_FIRM_MARKS}{_SOFT_MARKS}{_PLAIN_MARKS}]) (?:
-      (?P<sentence> (?!(?<=\d)．\d) [{_FIRM_MARKS}] {_TAIL} [ \0]*+ | \n\0*+ )
-    | (?P<clause>   (?!(?<=\d)[，：—]\d) [{_SOFT_MARKS}] {_TAIL} [ \0]*+ )
-      # Neither 3.14, example.com, 12:30 nor f(a,b); but a Chinese sentence may end in a plain full stop.
-    | (?P<plain>    (?!\.[^\W{_IDEOGRAPHS}] | (?<=[\0-\x7f])[{_PLAIN_MARKS}][0-9A-Za-z])
-                    [{_PLAIN_MARKS}] {_TAIL} [ \0]*+ ) )
-    """,
-    re.VERBOSE,
-)
-_PLAIN_SENTENCE = re.compile(f"[{_FIRM_MARKS}.!?;]")
-_BEFORE_WORD = " \n\0\"'([“‘（"
-_BEFORE_ITEM = " \n\0#*•·-"
-_ABBREVIATIONS = frozenset(
-    ("mr", "mrs", "ms", "dr", "prof", "st", "mt", "sr", "jr", "vs", "gen", "col", "capt", "lt", "e.g", "i.e", "cf")
-)
-_BEFORE_NUMBERS = frozenset(("no", "nos", "nr", "fig", "figs", "vol", "vols", "pp", "ch", "sec", "art", "ver"))
-
-_IDEOGRAPH = re.compile(f"[{_IDEOGRAPHS}]")
+_IDEOGRAPH = re.compile(f"[{IDEOGRAPHS}]")
 _JOINED = re.compile(
     "(?<=\u200d)"
     "|[\U0001f3fb-\U0001f3ff]"  # skin tones
@@ -92,244 +71,219 @@ class TextSegment:
     end_byte: int
     """The byte after its last."""
     spoken_text: str
-    """NFC, on one line, without control and format characters. Has something to speak."""
+    """NFC, on one line, in words. Empty only for what is left at the very end of a stream and has nothing to speak."""
     language: str
     """BCP 47."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Scan:
-    """A text and what was found in it. All places are counted in characters of the text."""
-
-    text: str
-    shown: str
-    totals: list[int]
-    """Place → weight of all before it, in fifths."""
-    pauses: bytearray
-    """Place → `_SENTENCE`, `_CLAUSE` or 0: what ends there."""
-    last_speech: int
-
-    def weight_from(self, start: int) -> int:
-        """The weight of all from `start` on, in fifths."""
-        return self.totals[-1] - self.totals[start]
-
-
-def has_speech(text: str) -> bool:
-    """Whether there is anything an engine can speak: a letter or a digit of any script."""
-    return _SPEECH.search(text) is not None
-
-
-def weight(text: str) -> float:
-    """How long a text is for speech, in Chinese characters: wide characters and digits 1, others 0.4, marks 0."""
-    return sum(_weights(text)) / _UNIT
+    rejected: tuple[Rejected, ...] = ()
+    """What of it no engine can speak, in order."""
 
 
 def split(
-    text: str, language: str | None = None, *, first_characters: int = 40, max_characters: int = 120
-) -> list[TextSegment]:
-    """Splits a text into segments whose spans partition its bytes.
+    text: str, language: str | None = None, *, first_characters: int = 40, max_characters: int = 110
+) -> Iterator[TextSegment]:
+    """Splits a text into segments whose spans partition its bytes, each when it is asked for.
 
     A segment holds as many whole sentences as fit; a sentence that does not fit is split at the ends of clauses, then
     at spaces, then between Chinese characters, then anywhere. The first segment is shorter, so that sound starts early:
-    it ends with a sentence or a clause, within `first_characters` where one ends there, else as soon as one ends.
+    it ends with the first sentence of at least a quarter of `first_characters`, or the first clause of a half.
 
     Args:
         text: what to say, without lone surrogates.
-        language: BCP 47; None: detected from the whole text.
+        language: BCP 47; None: detected segment by segment.
         first_characters: the first segment's length, as a weight (see the module).
         max_characters: no spoken text's weight is above this.
 
     Raises:
         ValueError: the text has nothing to speak, or `max_characters` is below 40.
     """
-    if max_characters < _MIN_MAX_CHARACTERS:
-        raise ValueError(f"max_characters must be at least {_MIN_MAX_CHARACTERS}")
+    segmenter = Segmenter(language, first_characters=first_characters, max_characters=max_characters)
     if not has_speech(text):
         raise ValueError("the text has nothing to speak")
-    language = language or detect_language(text)
-    segments = []
-    end_byte = 0
-    scan = _scan(text)
-    for start, end in _spans(scan, min(first_characters, max_characters) * _UNIT, max_characters * _UNIT):
-        start_byte, end_byte = end_byte, end_byte + len(text[start:end].encode())
-        segments.append(TextSegment(start_byte, end_byte, _spoken(scan.shown[start:end]), language))
-    return segments
+    return segmenter.consume(text)
 
 
-def _scan(text: str) -> _Scan:
-    shown = _show(text)
-    last_speech = next(at for at in range(len(shown) - 1, -1, -1) if _SPEECH.match(shown, at))
-    totals = list(accumulate(_weights(shown), initial=0))
-    return _Scan(text, shown, totals, _find_pauses(shown), last_speech)
+class Segmenter:
+    """Splits a text that is still being written. Spans count in everything that was fed."""
+
+    def __init__(self, language: str | None = None, *, first_characters: int = 40, max_characters: int = 110) -> None:
+        """Takes the arguments of `split`."""
+        if max_characters < _MIN_MAX_CHARACTERS:
+            raise ValueError(f"max_characters must be at least {_MIN_MAX_CHARACTERS}")
+        self._language = language
+        self._limit = max_characters * UNIT
+        self._first_limit = self._first = min(first_characters, max_characters) * UNIT
+        self._text = ""
+        self._at = 0
+        self._byte = 0
+        self._quotes = 0
+        self._counts = Counts()
+
+    def feed(self, piece: str) -> list[TextSegment]:
+        """Takes a further piece, cut anywhere; returns the segments whose ends it makes certain."""
+        self._text += piece
+        # A segment ends only when speech follows, so nothing else can change anything.
+        return list(self._closed(final=False)) if has_speech(piece) else []
+
+    def flush(self, *, end: bool = False) -> list[TextSegment]:
+        """Returns all that can be spoken now, as if the text ended here; the next segment is a first one again.
+
+        What is left and has nothing to speak (spaces, marks) waits for the text that follows.
+
+        Args:
+            end: nothing follows: what is left is a segment without spoken text.
+        """
+        segments = list(self._closed(final=True))
+        self._first = self._first_limit
+        if end and self._at < len(self._text):
+            segments.append(self._take(len(self._text) - self._at, "", self._language or self._counts.language))
+        return segments
+
+    def consume(self, text: str) -> Iterator[TextSegment]:
+        """`feed` and `flush` in one, each segment when it is asked for."""
+        self._text += text
+        return self._closed(final=True)
+
+    def _closed(self, *, final: bool) -> Iterator[TextSegment]:
+        while segment := self._next(final):
+            yield segment
+
+    def _next(self, final: bool) -> TextSegment | None:
+        """The next segment whose end is certain."""
+        left = len(self._text) - self._at
+        size = _WINDOW
+        while True:
+            whole = final and size >= left
+            scan = _scan(self._text[self._at : self._at + size], self._quotes, whole=whole)
+            if scan and (cut := _first_cut(scan, self._first, self._limit) or _next_cut(scan, self._limit)):
+                return self._fit(scan, cut)
+            if size >= left:
+                return None
+            size *= 2
+
+    def _fit(self, scan: _Scan, cut: int) -> TextSegment:
+        """Takes what was cut, or as much of it as is not too long when spoken."""
+        language = self._language_of(scan.text[:cut])
+        limit = self._limit
+        while True:
+            spoken = speak(scan.shown[:cut], language)
+            length = sum(weights(spoken))
+            if length <= self._limit:
+                break
+            limit = min(limit, scan.totals[cut]) * self._limit // (length + UNIT)
+            shorter = _cut(scan.until(cut), limit)
+            if not 0 < shorter < cut:
+                break
+            cut = shorter
+        return self._take(cut, spoken or plain(scan.shown[:cut]), language)
+
+    def _language_of(self, text: str) -> str:
+        if self._language is not None:
+            return self._language
+        counts = Counts()
+        counts.add(text)
+        counts.include(self._counts)
+        return counts.language_of(text)
+
+    def _take(self, size: int, spoken: str, language: str) -> TextSegment:
+        text = self._text[self._at : self._at + size]
+        start = self._byte
+        self._byte += len(text.encode())
+        self._at += size
+        self._quotes = count_quotes(text, 0, len(text), self._quotes)
+        self._counts.add(text)
+        self._first = 0
+        if self._at > _COMPACT:
+            self._text, self._at = self._text[self._at :], 0
+        return TextSegment(start, self._byte, spoken, language, rejected(text, start))
 
 
-# --- What an engine may see
+# --- What is known of the text ahead
 
 
-class _Shown(dict[int, str]):
-    """Code point → what stands for it: itself, a space, a newline, or NUL for nothing."""
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """The text ahead and what was found in it. All places are counted in characters."""
 
-    def __missing__(self, code: int) -> str:
-        shown = _show_character(chr(code))
-        if code < _REMEMBERED:
-            self[code] = shown
-        return shown
+    text: str
+    shown: str
+    totals: list[int]
+    """Place → weight of all before it, in fifths."""
+    pauses: bytearray
+    """Place → `SENTENCE`, `CLAUSE` or 0: what ends there."""
+    inside: bytearray
+    """Place → 1 inside a number, a tag, a name in quotes."""
+    last_speech: int
+    whole: bool
+    """Nothing follows."""
 
-
-class _Weights(dict[int, str]):
-    """Code point → its weight, as a character."""
-
-    def __missing__(self, code: int) -> str:
-        weight = chr(_weigh_character(chr(code)))
-        if code < _REMEMBERED:
-            self[code] = weight
-        return weight
-
-
-_SHOWN = _Shown()
-_WEIGHTS = _Weights()
-
-
-def _show_character(char: str) -> str:
-    category = unicodedata.category(char)
-    if char in _LINE_ENDS:
-        return "\n"
-    if category in ("Cc", "Zs"):
-        return " "
-    # Variation selectors and their like are marks by category; enclosing marks are the boxes of keycap emoji.
-    invisible = (
-        category in ("Cf", "Me") or char in _BLANK_LETTERS or char in "\u034f\u17b4\u17b5\u180b\u180c\u180d\u180f"
-    )
-    if invisible or "\ufe00" <= char <= "\ufe0f" or "\U000e0000" <= char <= "\U000e0fff":
-        return _HIDDEN
-    return char
+    def until(self, place: int) -> _Scan:
+        """What is before a place, as if nothing followed."""
+        shown = self.shown[:place]
+        return _Scan(
+            self.text[:place],
+            shown,
+            self.totals[: place + 1],
+            self.pauses,
+            self.inside,
+            _last_speech(shown),
+            whole=True,
+        )
 
 
-def _weigh_character(char: str) -> int:
-    if char == _HIDDEN or unicodedata.category(char)[0] == "M":
-        return 0
-    return _UNIT if char.isdecimal() or unicodedata.east_asian_width(char) in "WF" else 2
+def _scan(text: str, quotes: int, *, whole: bool) -> _Scan | None:
+    """What is known of a text; `None` where it has nothing to speak yet."""
+    last = _last_speech(text)
+    if last < 0:
+        return None
+    if not whole:
+        # Marks at the end may go on.
+        text = text[: last + 1]
+    shown = show(text)
+    pauses = find_pauses(shown, quotes)
+    inside = forbid_inside(shown, pauses)
+    return _Scan(text, shown, list(accumulate(weights(shown), initial=0)), pauses, inside, last, whole)
 
 
-def _weights(text: str) -> bytes:
-    return text.translate(_WEIGHTS).encode("latin-1")
+def _last_speech(text: str) -> int:
+    return next((at for at in range(len(text) - 1, -1, -1) if SPEECH.match(text, at)), -1)
 
 
-def _show(text: str) -> str:
-    shown = _BLANK.sub(_hide_blanks, text.translate(_SHOWN))
-    clipped, count = _SYMBOLS.subn(_hide_symbols, shown)
-    return _BLANK.sub(_hide_blanks, clipped) if count else shown
-
-
-def _hide_blanks(run: re.Match[str]) -> str:
-    return ("\n" if "\n" in run.group() else " ").ljust(run.end() - run.start(), _HIDDEN)
-
-
-def _hide_symbols(run: re.Match[str]) -> str:
-    """Keeps both ends of a long run of symbols, so that a segment of few letters is short whatever surrounds them."""
-    chars = list(run.group())
-    visible = [at for at, char in enumerate(chars) if char != _HIDDEN]
-    for at in visible[_MAX_SYMBOLS // 2 : -_MAX_SYMBOLS // 2]:
-        chars[at] = _HIDDEN
-    return "".join(chars) if len(visible) > _MAX_SYMBOLS else run.group()
-
-
-def _spoken(shown: str) -> str:
-    return unicodedata.normalize("NFC", shown.replace(_HIDDEN, "").replace("\n", " ").strip())
-
-
-# --- Where a speaker pauses
-
-
-def _find_pauses(shown: str) -> bytearray:
-    pauses = bytearray(len(shown) + 1)
-    previous = counted = quotes = 0
-    for match in _PAUSE.finditer(shown):
-        level = _LEVELS.get(match.lastgroup) or _grade(shown, match, previous)
-        if not level:
-            continue
-        previous = match.end()
-        if '"' in match.group():
-            quotes = _count_quotes(shown, counted, match.start(), quotes)
-            counted = match.start()
-            previous = match.end() if quotes % 2 else _before_opening_quote(match)
-        pauses[previous] = level
-    return pauses
-
-
-_LEVELS: dict[str | None, int] = {"sentence": _SENTENCE, "clause": _CLAUSE}
-
-
-def _count_quotes(shown: str, start: int, end: int, quotes: int) -> int:
-    """Straight quotes on the line of `end` before it, where there are `quotes` on the line of `start` before that."""
-    line = shown.rfind("\n", start, end)
-    return quotes + shown.count('"', start, end) if line < 0 else shown.count('"', line, end)
-
-
-def _before_opening_quote(match: re.Match[str]) -> int:
-    """Where the marks end, if a straight quote that opens belongs to what comes next."""
-    marks = match.group()
-    return match.end() if marks[-1] in " \0" else match.start() + marks.index('"')
-
-
-def _grade(shown: str, match: re.Match[str], previous: int) -> int:
-    """What ends with these marks, which may be part of a word: `_SENTENCE`, `_CLAUSE`, or 0 for nothing."""
-    start, end = match.span()
-    marks = match.group()
-    after = shown[end : end + 1]
-    if after > "\n" and marks[-1] not in " \0" and _is_inside_word(shown[max(0, start - 1)], marks, after):
-        return 0
-    if marks[0] == "." and _is_abbreviated(shown, start, after, previous):
-        return 0
-    if _PLAIN_SENTENCE.search(marks) is None:
-        return _CLAUSE
-    return _CLAUSE if after.islower() and marks.isascii() else _SENTENCE
-
-
-def _is_inside_word(before: str, marks: str, after: str) -> bool:
-    """Whether marks with no space after them are part of an address or of code."""
-    if marks[0] == ".":
-        return not (_IDEOGRAPH.match(before) and _IDEOGRAPH.match(after))
-    return marks.isascii() and before.isascii() and after.isascii()
-
-
-def _is_abbreviated(shown: str, stop: int, after: str, previous: int) -> bool:
-    """Whether the full stop at `stop` follows a title, an initial, or the number of an item in a list."""
-    word = shown[max(previous, stop - 8) : stop].rpartition(" ")[2].lstrip(_BEFORE_WORD).lower()
-    if word.isdecimal():
-        return shown[max(previous, stop - 8) : stop].lstrip(_BEFORE_ITEM) == word
-    initial = word.isascii() and (len(word) == 1 or word[-2:-1] == ".")
-    return initial or word in _ABBREVIATIONS or (word in _BEFORE_NUMBERS and after.isdecimal())
-
-
-# --- Where to split
-
-
-def _spans(scan: _Scan, first: int, limit: int) -> Iterator[tuple[int, int]]:
-    """The segments' starts and ends. Limits are in fifths of a weight."""
-    start = 0
-    cut = _first_cut(scan, first, limit)
-    while cut:
-        yield start, cut
-        start = cut
-        cut = _cut(scan, start, limit)
-    yield start, len(scan.text)
+# --- Where to split: each answers with a place, or 0 for none that is certain
 
 
 def _first_cut(scan: _Scan, first: int, limit: int) -> int:
-    """Where the first segment ends; 0: with the text."""
-    if scan.weight_from(0) <= first:
+    """Where the first segment ends: early, but not after a word or two."""
+    if not first:
         return 0
-    low, floor, high = _window(scan, 0, first)
-    best = _last_sentence(scan, floor, high) or _last_clause(scan, floor, high)
-    latest = max(_last_sentence(scan, low, high), _last_clause(scan, low, high))
-    return best or latest or _next_pause(scan, low, _window(scan, 0, limit)[2]) or _cut(scan, 0, limit)
+    low = _after_speech(scan)
+    high = min(bisect_right(scan.totals, limit) - 1, scan.last_speech)
+    for place in range(max(low, bisect_left(scan.totals, first // 4)), high + 1):
+        level = scan.pauses[place]
+        if level == SENTENCE or (level == CLAUSE and scan.totals[place] >= first // 2):
+            enough = scan.totals[-1] - scan.totals[place] >= first // 8
+            return place if enough and (scan.whole or _is_certain(scan, place)) else 0
+    return 0
 
 
-def _cut(scan: _Scan, start: int, limit: int) -> int:
-    """Where the segment that starts at `start` ends; 0: with the text."""
-    low, floor, high = _window(scan, start, limit)
-    if scan.weight_from(start) <= limit or high < low:
+def _is_certain(scan: _Scan, place: int) -> bool:
+    """Whether no quote that is still open may yet turn out to be a name's."""
+    opens = open_quote(scan.shown, place)
+    return opens < 0 or len(scan.shown) > opens + LOOKAHEAD
+
+
+def _next_cut(scan: _Scan, limit: int) -> int:
+    """Where a segment ends: with the text, or where it holds about as much as it can."""
+    if scan.whole and scan.totals[-1] <= limit:
+        return len(scan.text)
+    if not scan.whole and scan.totals[-1] < limit + limit // 4:
+        return 0
+    return _cut(scan, limit) or (len(scan.text) if scan.whole else 0)
+
+
+def _cut(scan: _Scan, limit: int) -> int:
+    """Where a segment that cannot hold all of the text ends."""
+    low, floor, high = _window(scan, limit)
+    if high < low:
         return 0
     for find in _FINDERS:
         if cut := find(scan, floor, high):
@@ -337,33 +291,40 @@ def _cut(scan: _Scan, start: int, limit: int) -> int:
     return max(find(scan, low, high) for find in _FINDERS) or _last_cluster(scan, low, high) or high
 
 
-def _window(scan: _Scan, start: int, limit: int) -> tuple[int, int, int]:
-    """The first, the first good and the last place where the segment that starts at `start` may end.
+def _window(scan: _Scan, limit: int) -> tuple[int, int, int]:
+    """The first, the first good and the last place where the segment may end.
 
     There is speech on both sides of each. A good place leaves a quarter of `limit` at least before it; so does the last
     one after it, lest a segment be a word or two.
     """
-    speech = _SPEECH.search(scan.shown, start)
-    low = speech.end() if speech else len(scan.text)
-    floor = bisect_left(scan.totals, scan.totals[start] + limit // 4)
-    heaviest = min(scan.totals[start] + limit, scan.totals[-1] - limit // 4)
+    low = _after_speech(scan)
+    floor = bisect_left(scan.totals, limit // 4)
+    heaviest = min(limit, scan.totals[-1] - limit // 4)
     high = max(low, bisect_right(scan.totals, heaviest) - 1)
     return low, max(low, floor), min(high, scan.last_speech)
+
+
+def _after_speech(scan: _Scan) -> int:
+    speech = SPEECH.search(scan.shown)
+    return speech.end() if speech else len(scan.text)
 
 
 # Each finds the last place from `low` to `high` where something ends; 0: there is none.
 
 
 def _last_sentence(scan: _Scan, low: int, high: int) -> int:
-    return max(0, scan.pauses.rfind(_SENTENCE, low, high + 1))
+    return max(0, scan.pauses.rfind(SENTENCE, low, high + 1))
 
 
 def _last_clause(scan: _Scan, low: int, high: int) -> int:
-    return max(0, scan.pauses.rfind(_CLAUSE, low, high + 1))
+    return max(0, scan.pauses.rfind(CLAUSE, low, high + 1))
 
 
 def _last_space(scan: _Scan, low: int, high: int) -> int:
-    return scan.shown.rfind(" ", low - 1, high) + 1
+    at = scan.shown.rfind(" ", low - 1, high) + 1
+    while at and scan.inside[at]:
+        at = scan.shown.rfind(" ", low - 1, at - 1) + 1
+    return at
 
 
 def _last_word(scan: _Scan, low: int, high: int) -> int:
@@ -379,19 +340,15 @@ def _last_cluster(scan: _Scan, low: int, high: int) -> int:
 _FINDERS = (_last_sentence, _last_clause, _last_space, _last_word)
 
 
-def _next_pause(scan: _Scan, low: int, high: int) -> int:
-    found = (scan.pauses.find(level, low, high + 1) for level in (_CLAUSE, _SENTENCE))
-    return min((at for at in found if at >= 0), default=0)
-
-
 def _is_between_words(scan: _Scan, at: int) -> bool:
     """Whether a text may be split here where no space is: beside a Chinese character, but 3 | 章 is not."""
     before, after = scan.text[at - 1], scan.text[at]
     return (
-        _IDEOGRAPH.search(scan.text, at - 1, at + 1) is not None
+        not scan.inside[at]
+        and _IDEOGRAPH.search(scan.text, at - 1, at + 1) is not None
         and after.isalnum()
         and not before.isdecimal()
-        and before not in _OPENERS
+        and before not in OPENERS
         and _is_between_clusters(scan, at)
     )
 
