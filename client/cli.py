@@ -17,9 +17,10 @@ import grpc
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from client.client import CallError, Client
-from client.say import Said, say
+from client.say import FORMATS, SUFFIXES, Said, Wish, play, read_stdin, say, say_as_written
 from common.errors import StartupError
 from common.settings import Settings, load_settings
 
@@ -94,23 +95,66 @@ def gateway(set_: SetOption = [], exit_with_parent: ParentOption = 0) -> None:  
 
 @app.command(name="say")
 def say_command(
-    text: Annotated[str, typer.Argument(help="What to say.")] = "",
+    text: Annotated[str, typer.Argument(help="What to say; - to say what is typed or piped in, as it comes.")] = "",
     file: Annotated[
         Path | None, typer.Option("--file", "-f", exists=True, dir_okay=False, help="Say what is in this file.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The WAV file to write.")] = Path("chorus.wav"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write. Default: chorus, by the format's name.")
+    ] = None,
     voice: Annotated[str, typer.Option(help="A name that `chorus voices` lists.")] = "",
+    language: Annotated[str, typer.Option(help="BCP 47, for example zh-CN, yue, en-US. Default: detected.")] = "",
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}. Default: by the file's.")] = "",
+    rate: Annotated[int, typer.Option(help="Samples a second, 8000 to 48000. Default: the engine's.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Ask for a stream, also for a short text.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not play it.")] = False,
     address: AddressOption = DEFAULT_ADDRESS,
 ) -> None:
-    """Speak a text into a WAV file."""
+    """Speak a text into a file, and play it where there is a player and a terminal."""
+    if bool(text) == (file is not None):
+        raise typer.BadParameter("give a text, - for standard input, or a file with -f")
+    wish = Wish(voice, language, format or _format_of(output), rate)
+    if wish.format not in FORMATS:
+        raise typer.BadParameter(f"--format {wish.format} is not known; there are {', '.join(FORMATS)}")
+    path = output or Path(f"chorus.{SUFFIXES.get(wish.format, wish.format)}")
+    words = _read(file) if file is not None else text
+
+    async def call() -> None:
+        async with Client(address) as client:
+            if text == "-":
+                said = await say_as_written(client, read_stdin(), path, wish, console=err)
+            else:
+                said = await say(client, words, path, wish, stream=stream, console=err)
+            _print_said(said)
+            if not quiet:
+                await play(path)
+
+    _run(call(), address)
+
+
+@app.command()
+def normalize(
+    text: Annotated[str, typer.Argument(help="What would be said.")] = "",
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", exists=True, dir_okay=False, help="Read what is in this file.")
+    ] = None,
+    language: Annotated[str, typer.Option(help="BCP 47. Default: detected.")] = "",
+    address: AddressOption = DEFAULT_ADDRESS,
+) -> None:
+    """Show how a text would be read: its segments, their words, and what nobody can speak."""
     if bool(text) == (file is not None):
         raise typer.BadParameter("give a text, or a file with -f")
     words = _read(file) if file is not None else text
 
     async def call() -> None:
         async with Client(address) as client:
-            _print_said(await say(client, words, output, voice=voice, stream=stream, console=err))
+            response = await client.normalize(words, language=language)
+            table = Table("bytes", "language", "spoken as", box=None, header_style="bold")
+            for part in response.segments:
+                table.add_row(f"{part.start_byte}-{part.end_byte}", part.language, Text(part.spoken_text))
+            out.print(table)
+            for rejected in response.rejected_characters:
+                err.print(f"byte {rejected.start_byte}: nobody can speak {rejected.character!r}", style="yellow")
 
     _run(call(), address)
 
@@ -194,9 +238,15 @@ def _read(file: Path) -> str:
         raise typer.BadParameter(f"{file} is not UTF-8 text") from None
 
 
+def _format_of(output: Path | None) -> str:
+    """The format that a file's name asks for."""
+    suffix = output.suffix.lstrip(".").lower() if output is not None else ""
+    return next((name for name in FORMATS if suffix in (name, SUFFIXES.get(name))), "wav")
+
+
 def _print_said(said: Said) -> None:
     out.print(
-        f"{said.path}: {said.seconds:.2f} s of speech by {said.engine}, "
+        f"{said.path}: {said.seconds:.2f} s of speech by {said.start.engine}, "
         f"first audio after {said.first_audio_ms:.0f} ms, all after {said.total_ms:.0f} ms",
         markup=False,
         highlight=False,
@@ -208,7 +258,7 @@ def _print_said(said: Said) -> None:
 
 async def _hello(settings: Settings) -> None:
     async with Client(settings.gateway.listen) as client:
-        _print_said(await say(client, HELLO_TEXT, HELLO_FILE, voice="", stream=True, console=err))
+        _print_said(await say(client, HELLO_TEXT, HELLO_FILE, Wish(), stream=True, console=err))
 
 
 def _print_next_steps(settings: Settings) -> None:

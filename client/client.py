@@ -8,9 +8,10 @@ async with Client("127.0.0.1:50051") as chorus:
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterable
+from contextlib import aclosing
 from types import TracebackType
-from typing import Self, cast
+from typing import Any, Self, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -23,6 +24,7 @@ DEFAULT_SECONDS = 600.0
 MESSAGE_BYTES = 4 * 1024 * 1024
 
 StreamMessage = tts_pb2.StreamStart | tts_pb2.AudioChunk | tts_pb2.SegmentMark | tts_pb2.StreamEnd
+StreamCall: TypeAlias = "grpc.aio.UnaryStreamCall[Any, Any] | grpc.aio.StreamStreamCall[Any, Any]"
 
 
 class CallError(Exception):
@@ -62,33 +64,70 @@ class Client:
     ) -> None:
         await self._channel.close()
 
-    async def synthesize(self, text: str, *, voice: str = "", language: str = "") -> tts_pb2.SynthesizeResponse:
-        """A text as one WAV file.
+    async def synthesize(
+        self, text: str, *, voice: str = "", language: str = "", format: tts_pb2.AudioFormat | None = None
+    ) -> tts_pb2.SynthesizeResponse:
+        """A text as one file; WAV if no format is given.
 
         Raises:
             CallError: the call failed.
         """
-        request = tts_pb2.SynthesizeRequest(text=text, voice=voice, language=language)
+        request = tts_pb2.SynthesizeRequest(text=text, voice=voice, language=language, format=format)
         try:
             return await self._speech.Synthesize(request, timeout=self._timeout)
         except grpc.aio.AioRpcError as error:
             raise call_error(error) from None
 
-    async def stream(self, text: str, *, voice: str = "", language: str = "") -> AsyncGenerator[StreamMessage, None]:
-        """A text as a stream of a WAV file: one start, then chunks and marks, then one end. Closing it cancels.
+    async def stream(
+        self, text: str, *, voice: str = "", language: str = "", format: tts_pb2.AudioFormat | None = None
+    ) -> AsyncGenerator[StreamMessage, None]:
+        """A text as a stream of a file: one start, then chunks and marks, then one end. Closing it cancels.
 
         Raises:
             CallError: the call failed, perhaps after some of the audio.
         """
-        request = tts_pb2.StreamSynthesizeRequest(text=text, voice=voice, language=language)
-        call = self._speech.StreamSynthesize(request, timeout=self._timeout)
+        request = tts_pb2.StreamSynthesizeRequest(text=text, voice=voice, language=language, format=format)
+        async with aclosing(_messages(self._speech.StreamSynthesize(request, timeout=self._timeout))) as messages:
+            async for message in messages:
+                yield message
+
+    async def stream_text(
+        self,
+        pieces: AsyncIterable[str],
+        *,
+        voice: str = "",
+        language: str = "",
+        format: tts_pb2.AudioFormat | None = None,
+    ) -> AsyncGenerator[StreamMessage, None]:
+        """A text that is still being written, as a stream of a file. Closing it cancels.
+
+        Raises:
+            CallError: the call failed, perhaps after some of the audio.
+        """
+        config = tts_pb2.StreamConfig(voice=voice, language=language, format=format)
+
+        async def requests() -> AsyncGenerator[tts_pb2.StreamSynthesizeTextRequest, None]:
+            yield tts_pb2.StreamSynthesizeTextRequest(config=config)
+            async for piece in pieces:
+                yield tts_pb2.StreamSynthesizeTextRequest(text=piece)
+
+        async with aclosing(
+            _messages(self._speech.StreamSynthesizeText(requests(), timeout=self._timeout))
+        ) as messages:
+            async for message in messages:
+                yield message
+
+    async def normalize(self, text: str, *, voice: str = "", language: str = "") -> tts_pb2.NormalizeTextResponse:
+        """How a text would be read.
+
+        Raises:
+            CallError: the call failed.
+        """
+        request = tts_pb2.NormalizeTextRequest(text=text, voice=voice, language=language)
         try:
-            async for response in call:
-                yield getattr(response, response.WhichOneof("message") or "")
+            return await self._speech.NormalizeText(request, timeout=self._timeout)
         except grpc.aio.AioRpcError as error:
             raise call_error(error) from None
-        finally:
-            call.cancel()
 
     async def voices(self) -> list[tts_pb2.Voice]:
         """All voices.
@@ -118,6 +157,16 @@ class Client:
             return await self._info.GetServerInfo(tts_pb2.GetServerInfoRequest(), timeout=self._timeout)
         except grpc.aio.AioRpcError as error:
             raise call_error(error) from None
+
+
+async def _messages(call: StreamCall) -> AsyncGenerator[StreamMessage, None]:
+    try:
+        async for response in call:
+            yield getattr(response, response.WhichOneof("message") or "")
+    except grpc.aio.AioRpcError as error:
+        raise call_error(error) from None
+    finally:
+        call.cancel()
 
 
 def call_error(error: grpc.aio.AioRpcError) -> CallError:

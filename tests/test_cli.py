@@ -162,7 +162,9 @@ def test_check(up: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     [
         (["say", "x", "--voice", "nobody"], 1, "known are female1, female2, male1, male2"),
         (["say", "。。。"], 1, "nothing to speak"),
-        (["say"], 2, "give a text, or a file"),
+        (["say"], 2, "give a text"),
+        (["say", "x", "--format", "doc"], 2, "is not known"),
+        (["say", "x", "--language", "tlh"], 1, "served are"),
         (["say", "-f", "missing.txt"], 2, "does not exist"),
         (["say", "x", "-a", "127.0.0.1:1"], 69, "chorus up"),
         (["check", "-a", "127.0.0.1:1"], 69, "chorus up"),
@@ -193,7 +195,7 @@ def test_config_masks_secrets_and_can_be_read_back(tmp_path: Path) -> None:
 
 
 def test_every_command_explains_itself(tmp_path: Path) -> None:
-    commands = ("up", "service", "gateway", "say", "voices", "check", "config")
+    commands = ("up", "service", "gateway", "say", "normalize", "voices", "check", "config")
     overview = chorus("--help", cwd=tmp_path).stdout
     for command in commands:
         assert command in overview
@@ -242,3 +244,53 @@ def test_up_fails_clearly_where_an_address_is_taken(tmp_path: Path) -> None:
 def test_settings_of_the_shell_are_checked() -> None:
     with pytest.raises(StartupError, match=r"tone\.slots"):
         load_settings(["tone.slots=none"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "magic", "name"),
+    [
+        (["-o", "a.mp3"], b"\xff", "a.mp3"),
+        (["-o", "a.ogg"], b"OggS", "a.ogg"),
+        (["--format", "flac"], b"fLaC", "chorus.flac"),
+        (["--format", "opus", "--rate", "16000"], b"OggS", "chorus.ogg"),
+        (["--format", "mulaw", "--stream"], b"RIFF", "chorus.wav"),
+        (["--format", "aac"], b"\xff", "chorus.aac"),
+        (["--rate", "48000"], b"RIFF", "chorus.wav"),
+    ],
+)
+def test_say_in_other_formats(
+    up: tuple[Path, dict[str, str]], tmp_path: Path, arguments: list[str], magic: bytes, name: str
+) -> None:
+    done = chorus("say", "Hello there.", *arguments, cwd=tmp_path, env=up[1])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / name).read_bytes().startswith(magic)
+
+
+def test_say_what_is_piped_in(up: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [CHORUS, "say", "-", "-o", "a.wav"],
+        cwd=tmp_path,
+        env=environment(up[1]),
+        input="The first line.\nAnd the second one, without an end",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    rate, samples = wav(tmp_path / "a.wav")
+    assert 2 < len(samples) / 2 / rate < 8
+
+
+def test_say_in_cantonese(up: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    for language in ("zh-CN", "yue"):
+        done = chorus("say", "他们没有来。", "--language", language, "-o", f"{language}.wav", cwd=tmp_path, env=up[1])
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "yue.wav").read_bytes() != (tmp_path / "zh-CN.wav").read_bytes()
+
+
+def test_normalize(up: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    done = chorus("normalize", "价格是¥3,500.50 \U0001f600", cwd=tmp_path, env=up[1])
+    assert done.returncode == 0
+    assert "三千五百" in done.stdout
+    assert "\U0001f600" in done.stderr

@@ -68,12 +68,12 @@ def test_make_test_is_what_runs_the_tests(served: dict[str, str]) -> None:
     assert "python -m pytest" in done.stdout
 
 
-@pytest.mark.parametrize("command", [line for line in lines("bash") if line.startswith(".venv/bin/chorus")])
+@pytest.mark.parametrize("command", [line for line in lines("bash") if ".venv/bin/chorus" in line])
 def test_commands(served: dict[str, str], command: str) -> None:
     done = subprocess.run(command, shell=True, cwd=ROOT, env=served, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     if written := re.search(r"-o (\S+)", command):
-        assert seconds(ROOT / written[1]) > 0.5
+        assert (ROOT / written[1]).stat().st_size > 4000
 
 
 def test_the_client_example(served: dict[str, str], tmp_path: Path) -> None:
