@@ -48,6 +48,8 @@ baseline: $(DEV_VENV)/.installed ## Move the contract's baseline. Wants an entry
 
 bench: $(DEV_VENV)/.installed ## Run the benchmarks, quickly.
 	@$(BIN)/python -m bench.path --quick
+	$(BIN)/python -m bench.text --quick
+	$(BIN)/python -m bench.audio --quick
 
 clean: ## Remove what was installed and generated.
 	@rm -rf $(VENV) $(DEV_VENV) tests/clients/js/node_modules

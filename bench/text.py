@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench import dialects
 from service.text import detect_language, normalize, split, warm_up
 
 TABLES = Path(__file__).parent.parent / "tests" / "data" / "spoken"
@@ -109,6 +110,7 @@ def measure(quick: bool) -> dict[str, float]:
         "us_per_char_wetext_en": _best(lambda: wetext(_EN, "en-US"), 3) / len(_EN),
     }
     figures |= {f"score.{kind}": score for kind, score in scores(normalize).items()}
+    figures |= dialects.measure(rounds=20 if quick else 40)
     return figures | {f"score_wetext.{kind}": score for kind, score in scores(wetext).items()}
 
 
@@ -128,7 +130,7 @@ def show(figures: dict[str, float]) -> None:
     times = Table("figure", "value")
     for name, value in figures.items():
         if "score" not in name:
-            times.add_row(name, f"{value:,.1f}")
+            times.add_row(name, f"{value:,.3f}")
     console.print(times)
     table = Table("kind", "texts", "ours", "wetext")
     kinds = [case.kind for case in cases()]

@@ -18,6 +18,7 @@ from common.metrics import ENGINE_ERRORS, serve_metrics, watch_batcher
 from common.server import Server, run
 from common.settings import BatcherSettings, Settings
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
+from service import text
 from service.engines import load_engine
 from service.engines.base import SpeechEngine
 from service.servicer import Servicer
@@ -45,7 +46,7 @@ async def serve(settings: Settings) -> None:
     serve_metrics(settings.service.metrics_listen)
     names = [tts_pb2.DESCRIPTOR.services_by_name[name].full_name for name in SERVICES]
     server = Server(settings, names, identify=partial(_identify, settings))
-    engine = await asyncio.to_thread(load_engine, settings)
+    engine, _ = await asyncio.gather(asyncio.to_thread(load_engine, settings), asyncio.to_thread(text.warm_up))
     runner = Runner(
         engine,
         _policy(settings.batcher),
