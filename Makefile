@@ -10,7 +10,7 @@ DEV_VENV := .venv-dev
 BIN := $(DEV_VENV)/bin
 PROTO := protos/chorus/v1/tts.proto
 STUBS := tts_pb2.py tts_pb2.pyi tts_pb2_grpc.py tts_pb2_grpc.pyi
-PROTOC = $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
+PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
 
 .PHONY: help run test check format proto bench clean
 

@@ -173,10 +173,10 @@ class Runner:
         self._wake()
 
     def close(self, request: Request) -> None:
-        """Says that an open request is complete."""
+        """Says that an open request is complete. Its end comes from the engine's thread, behind all else that does."""
         with self._changed:
-            deliveries = self.scheduler.close(request)
-        _put(deliveries)
+            self.scheduler.close(request)
+        self._wake()
 
     @property
     def dead(self) -> bool:
@@ -214,10 +214,10 @@ class Runner:
         """One tick: plan, run, deliver. With nothing to do, a rest."""
         with self._changed:
             self._woken = False
-            late = self.scheduler.expire(self._clock())
+            ends = self.scheduler.complete() + self.scheduler.expire(self._clock())
             plan = self.scheduler.plan(self._clock())
             idle = plan.empty and not self.scheduler.waits_for_report
-        self._deliver(late)
+        self._deliver(ends)
         if idle:
             self._rest()
             return

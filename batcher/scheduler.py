@@ -79,6 +79,7 @@ class Scheduler:
         self._rows: dict[int, Row] = {}
         self._running: dict[int, Row] = {}
         self._leaving: list[tuple[RowRef, int]] = []
+        self._closed: list[Request] = []
         self._row_ids = itertools.count()
         self._free_slots = list(range(caps.slots - 1, -1, -1))
         self._seated: dict[int, RowRef] = {}
@@ -109,6 +110,12 @@ class Scheduler:
             deliveries += self._apply_row(row, row_report)
         return deliveries
 
+    def complete(self) -> list[Delivery]:
+        """Ends the requests that were closed when all of their audio had been delivered."""
+        ended = [request for request in self._closed if request.delivered and not request.over]
+        self._closed.clear()
+        return [(request, self._finish(request)) for request in ended]
+
     def expire(self, now: float) -> list[Delivery]:
         """Ends the requests whose deadline has passed."""
         late = [r for r in self._requests if r.deadline is not None and r.deadline <= now]
@@ -138,10 +145,11 @@ class Scheduler:
             request.rows += [Row(request, segment, self.caps.predict(segment)) for segment in segments]
             self._release_rows(request)
 
-    def close(self, request: Request) -> list[Delivery]:
-        """Says that an open request is complete. What is to be delivered now is its end, if all else has been."""
-        request.closed = True
-        return [(request, self._finish(request))] if request.delivered and not request.over else []
+    def close(self, request: Request) -> None:
+        """Says that an open request is complete."""
+        if not request.closed:
+            request.closed = True
+            self._closed.append(request)
 
     def cancel(self, request: Request) -> None:
         """Ends a request whose reader has gone: its slots are free at the next tick."""

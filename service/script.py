@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Protocol
 
@@ -13,6 +14,10 @@ from service.text import Segmenter, TextSegment, split
 
 PAUSE_SECONDS = 0.5
 """When no text has come for so long, what has come is spoken."""
+
+
+READ_AT_ONCE = 100
+"""Characters of a message that are read before others have their turn."""
 
 
 class BargeIn(Exception):
@@ -65,6 +70,8 @@ class WrittenText:
         self._limits = limits
         self._segmenter = Segmenter(language)
         self._next: asyncio.Future[tts_pb2.StreamSynthesizeTextRequest | None] | None = None
+        self._unread: deque[str] = deque()
+        """Of the last message of text."""
         self._unspoken = False
         """There is text since the last flush."""
 
@@ -76,6 +83,10 @@ class WrittenText:
             InvalidArgument: a message that has no place here.
         """
         while True:
+            while self._unread:
+                if segments := self._segmenter.feed(self._unread.popleft()):
+                    return segments
+                await asyncio.sleep(0)  # a long message holds up nobody else
             message = await self._read()
             if message is None:
                 self.done = True
@@ -105,7 +116,9 @@ class WrittenText:
                 self._check_length(message.text)
                 self.characters += len(message.text)
                 self._unspoken = True
-                return self._segmenter.feed(message.text)
+                starts = range(0, len(message.text), READ_AT_ONCE)
+                self._unread.extend(message.text[start : start + READ_AT_ONCE] for start in starts)
+                return []
             case "flush":
                 self._unspoken = False
                 return self._segmenter.flush()

@@ -16,9 +16,9 @@ import pytest
 
 from batcher.engine import EngineOutOfMemoryError, Segment
 from batcher.errors import DeadlinePassedError, EngineFailedError, QueueFullError, RowFailedError, StoppedError
-from batcher.request import RequestEnded
+from batcher.request import Audio, RequestEnded, SegmentEnded
 from batcher.runner import Runner
-from batcher.scheduler import Policy
+from batcher.scheduler import Delivery, Policy
 from tests.virtual_engine import (
     PATIENCE,
     SAMPLES_PER_STEP,
@@ -75,6 +75,16 @@ async def hear(runner: Runner, engine: VirtualEngine, segments: Sequence[Segment
         while not listener.over:
             listener.put(await outbox.get())
     return listener
+
+
+async def begin(runner: Runner, engine: VirtualEngine, requests: int) -> list[asyncio.Task[Listener]]:
+    """Requests of which some are being spoken and the others wait. The engine is held in its third run."""
+    engine.gate.close()
+    tasks = [asyncio.create_task(hear(runner, engine, engine.segments(100))) for _ in range(requests)]
+    await until(lambda: runner.stats().requests == requests)
+    engine.gate.let(2)
+    await engine.gate.holds()
+    return tasks
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -157,9 +167,9 @@ async def test_what_is_refused_leaves_nothing() -> None:
 async def test_a_cancel_while_the_engine_computes_frees_the_slot_at_the_next_plan() -> None:
     engine = VirtualEngine(slots=1)
     async with running(engine) as runner:
-        async with runner.speak(engine.segments(1000), max_rows=1) as outbox:
-            await outbox.get()
-            engine.gate.close()
+        engine.gate.close()
+        async with runner.speak(engine.segments(1000), max_rows=1):
+            engine.gate.let(3)
             await engine.gate.holds()
         before = len(engine.plans)
         assert runner.stats().requests == 0
@@ -179,9 +189,9 @@ async def test_who_has_left_is_sent_nothing_more() -> None:
     segments = engine.segments(1000)
     listener = Listener(engine, segments)
     async with running(engine) as runner:
+        engine.gate.close()
         async with runner.speak(segments, max_rows=1) as outbox:
-            listener.put(await outbox.get())
-            engine.gate.close()
+            engine.gate.let(3)
             await engine.gate.holds()
             while listener.received < engine.vocoded[0]:
                 listener.put(await outbox.get())
@@ -235,11 +245,11 @@ async def test_a_cancel_wakes_a_thread_that_rests() -> None:
 async def test_a_caller_whose_task_is_cancelled_leaves_too() -> None:
     engine = VirtualEngine()
     async with running(engine) as runner:
-        tasks = [asyncio.create_task(hear(runner, engine, engine.segments(10_000))) for _ in range(6)]
-        await until(lambda: runner.stats().counters.joins > 0)
+        tasks = await begin(runner, engine, 6)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        engine.gate.open()
         await until(lambda: not engine.kept)
         check_nothing_is_left(runner, engine)
 
@@ -302,7 +312,64 @@ async def test_a_deadline_passes_while_the_thread_rests() -> None:
             await outbox.get()
             failure = await outbox.get()
         assert isinstance(getattr(failure, "error", None), DeadlinePassedError)
+        await until(lambda: not engine.kept)
         check_nothing_is_left(runner, engine)
+
+
+# ------------------------------------------------------------------------------------------------- open requests
+
+
+async def test_an_open_request_takes_segments_until_it_is_closed() -> None:
+    engine = VirtualEngine()
+    segments = engine.segments(3)
+    listener = Listener(engine, segments)
+    async with running(engine) as runner, runner.speak(segments, max_rows=2, closed=False) as speaking:
+        for _ in range(5):
+            while len(listener.marks) < len(listener.segments):
+                listener.put(await speaking.get())
+            more = engine.segments(2, 0)
+            listener.extend(more)
+            speaking.extend(more)
+        speaking.close()
+        while not listener.over:
+            listener.put(await speaking.get())
+    assert listener.ended
+    assert listener.ended.samples == 13 * SAMPLES_PER_STEP
+    check_nothing_is_left(runner, engine)
+
+
+async def test_closing_does_not_overtake_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = VirtualEngine()
+    async with running(engine) as runner:
+        before_delivery = Gate()
+        deliver = runner._deliver
+
+        def held_deliver(deliveries: list[Delivery]) -> None:
+            if deliveries:
+                before_delivery.enter()
+            deliver(deliveries)
+
+        monkeypatch.setattr(runner, "_deliver", held_deliver)
+        before_delivery.close()
+        segments = engine.segments(0)
+        listener = Listener(engine, segments)
+        async with runner.speak(segments, max_rows=1, closed=False) as speaking:
+            await before_delivery.holds()
+            speaking.close()
+            before_delivery.open()
+            while not listener.over:
+                listener.put(await speaking.get())
+        assert listener.ended
+
+
+async def test_closing_wakes_a_thread_that_rests() -> None:
+    engine = VirtualEngine()
+    segments = engine.segments(1)
+    async with running(engine) as runner, runner.speak(segments, max_rows=1, closed=False) as speaking:
+        events = [await speaking.get() for _ in range(2)]
+        speaking.close()
+        events.append(await speaking.get())
+    assert [type(event) for event in events] == [Audio, SegmentEnded, RequestEnded]
 
 
 # ------------------------------------------------------------------------------------------------------- failures
@@ -326,10 +393,8 @@ async def test_errors_of_the_engine_are_told_and_it_goes_on() -> None:
 async def test_a_stop_ends_every_request_the_thread_and_the_engine() -> None:
     engine = VirtualEngine(slots=2)
     async with running(engine) as runner:
-        hearing = [asyncio.create_task(hear(runner, engine, engine.segments(10**6))) for _ in range(5)]
-        await until(lambda: runner.stats().rows == 2)
-        engine.gate.close()
-        await engine.gate.holds()
+        hearing = await begin(runner, engine, 5)
+        assert runner.stats().rows == 2
         stopping = asyncio.create_task(runner.stop())
         await asyncio.sleep(0)
         with pytest.raises(StoppedError):
@@ -359,14 +424,14 @@ async def test_a_crash_of_the_scheduler_is_told_and_fails_all(method: str, monke
     errors: list[BaseException] = []
     died = asyncio.Event()
     async with running(engine, on_error=errors.append, on_death=died.set) as runner:
-        hearing = [asyncio.create_task(hear(runner, engine, engine.segments(10**6))) for _ in range(3)]
-        await until(lambda: runner.stats().rows == 1)
+        hearing = await begin(runner, engine, 3)
         crash = ZeroDivisionError("a bug")
 
         def fail(*args: object) -> None:
             raise crash
 
         monkeypatch.setattr(runner.scheduler, method, fail)
+        engine.gate.open()
         await died.wait()
         heard = await asyncio.gather(*hearing)
         assert [type(listener.error) for listener in heard] == [StoppedError] * 3

@@ -135,18 +135,28 @@ class AnythingHappens(RuleBasedStateMachine):
         max_rows=st.integers(1, 3),
         seconds=st.none() | st.floats(0.01, 1),
         window=st.integers(SAMPLES_PER_STEP, 5 * SAMPLES_PER_STEP) | st.just(10_000),
+        closed=st.booleans(),
     )
-    def submit(self, parts: list[Script], max_rows: int, seconds: float | None, window: int) -> None:
+    def submit(self, parts: list[Script], max_rows: int, seconds: float | None, window: int, closed: bool) -> None:
         segments = [self.engine.segment(part) for part in parts]
         deadline = None if seconds is None else self.world.clock.now + seconds
         arrival = Arrival(self.scheduler.waiting, self.scheduler.counters.joins)
         work, requests = self.scheduler.work_seconds, self.scheduler.requests
         try:
-            listener = self.world.submit(segments, max_rows=max_rows, deadline=deadline, window=window)
+            listener = self.world.submit(segments, max_rows=max_rows, deadline=deadline, window=window, closed=closed)
         except (QueueFullError, DeadlineUnreachableError):
             assert (self.scheduler.work_seconds, self.scheduler.requests) == (work, requests)
         else:
             self.arrivals[listener] = arrival
+
+    @precondition(lambda self: self.open)
+    @rule(which=st.integers(0, 9), parts=st.lists(scripts, max_size=3), meanwhile=st.booleans())
+    def extend(self, which: int, parts: list[Script], meanwhile: bool) -> None:
+        """Without parts: it is closed."""
+        if meanwhile:
+            self.watch_tick(meanwhile=lambda: self.add(which, parts))
+        else:
+            self.add(which, parts)
 
     @precondition(lambda self: self.world.requests)
     @rule(which=st.integers(0, 9), meanwhile=st.booleans())
@@ -179,7 +189,7 @@ class AnythingHappens(RuleBasedStateMachine):
 
     @rule(part=scripts)
     def submit_while_the_engine_runs(self, part: Script) -> None:
-        self.watch_tick(meanwhile=lambda: self.submit([part], 1, None, 10_000))
+        self.watch_tick(meanwhile=lambda: self.submit([part], 1, None, 10_000, True))
 
     @precondition(lambda self: self.world.requests)
     @rule(
@@ -277,6 +287,19 @@ class AnythingHappens(RuleBasedStateMachine):
         """The segments of the requests that are not over."""
         return set().union(*map(numbers, self.world.requests))
 
+    @property
+    def open(self) -> list[Listener]:
+        return [listener for listener, request in self.world.requests.items() if not request.closed]
+
+    def add(self, which: int, parts: list[Script]) -> None:
+        if not self.open:
+            return
+        listener = self.open[which % len(self.open)]
+        if parts:
+            self.world.extend(listener, [self.engine.segment(part) for part in parts])
+        else:
+            self.world.close(listener)
+
     def leave(self, which: int) -> None:
         if self.world.requests:
             listener = self.choose(which)
@@ -296,6 +319,9 @@ class AnythingHappens(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         self.world.drain()
+        for listener in self.open:
+            self.world.close(listener)
+        self.world.drain()
         assert not self.world.requests
         check_nothing_is_left(self.world)
         assert not self.engine.violations
@@ -306,11 +332,17 @@ test_anything_happens = AnythingHappens.TestCase
 
 
 def check_nothing_is_left(world: World) -> None:
+    assert world.scheduler.requests == 0
+    assert world.scheduler.next_deadline is None
+    check_idle(world)
+
+
+def check_idle(world: World) -> None:
+    """The engine has nothing of anybody."""
     scheduler = world.scheduler
-    assert (scheduler.requests, scheduler.waiting, scheduler.rows) == (0, 0, 0)
+    assert (scheduler.waiting, scheduler.rows) == (0, 0)
     assert scheduler.slots_free == world.engine.caps.slots
     assert scheduler.work_seconds == 0
-    assert scheduler.next_deadline is None
     assert not scheduler.waits_for_report
     assert (world.engine.held, world.engine.kept) == (0, [])
     assert not world.engine.violations
@@ -661,6 +693,23 @@ def test_a_reader_that_is_far_ahead_is_not_woken_for_nothing() -> None:
     quick = world.say(10)
     world.ticks(5)
     assert not quick.starved
+
+
+def test_an_open_request_waits_for_more_and_ends_when_it_is_closed() -> None:
+    world = World(VirtualEngine())
+    listener = world.submit(world.engine.segments(2), closed=False)
+    world.drain()
+    assert len(listener.marks) == 1
+    check_idle(world)
+    world.extend(listener, world.engine.segments(3, 0))
+    world.drain()
+    assert len(listener.marks) == 3
+    assert not listener.over
+    world.close(listener)
+    world.close(listener)
+    world.drain()
+    assert listener.ended
+    check_nothing_is_left(world)
 
 
 def test_later_rows_that_end_first_wait_for_their_turn() -> None:

@@ -7,6 +7,7 @@ whatever is missing, doubled, mixed or out of order shows.
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 import threading
 from collections import deque
@@ -56,29 +57,43 @@ class Clock:
 
 
 class Gate:
-    """Holds the engine's thread inside `run` while it is closed."""
+    """Holds the engine's thread inside `run`, but for as many runs as it lets pass."""
 
     def __init__(self) -> None:
-        self._open = threading.Event()
-        self._open.set()
-        self._held = threading.Event()
+        self._changed = threading.Condition()
+        self._passes = math.inf
+        self._held = False
 
     def close(self) -> None:
-        self._held.clear()
-        self._open.clear()
+        self._set(0)
 
     def open(self) -> None:
-        self._open.set()
+        self._set(math.inf)
+
+    def let(self, runs: int) -> None:
+        self._set(self._passes + runs)
 
     def enter(self) -> None:
         """What the engine's thread does."""
-        if not self._open.is_set():
-            self._held.set()
-            assert self._open.wait(PATIENCE), "nobody opened the gate"
+        with self._changed:
+            self._held = True
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._passes > 0, PATIENCE), "nobody opened the gate"
+            self._held = False
+            self._passes -= 1
 
     async def holds(self) -> None:
         """Waits until the engine is held."""
-        assert await asyncio.to_thread(self._held.wait, PATIENCE), "the engine did not come"
+        assert await asyncio.to_thread(self._wait), "the engine did not come"
+
+    def _set(self, passes: float) -> None:
+        with self._changed:
+            self._passes = passes
+            self._changed.notify_all()
+
+    def _wait(self) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._held and self._passes == 0, PATIENCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +223,8 @@ class VirtualEngine:
 
     @property
     def kept(self) -> list[int]:
-        """Segments of which it holds anything."""
-        return [row.number for row in self._rows.values()]
+        """Segments of which it holds anything. Read from any thread, so of a copy."""
+        return [row.number for row in list(self._rows.values())]
 
     # -- the protocol -------------------------------------------------------------------------------------------------
 
@@ -253,8 +268,9 @@ class VirtualEngine:
     def _leave(self, leaves: Iterable[RowRef]) -> None:
         for ref in leaves:
             self.open.pop(ref.row, None)
-            if row := self._rows.pop(ref.row, None):
+            if row := self._rows.get(ref.row):
                 self._free_slot(row)
+                del self._rows[ref.row]
 
     def _join(self, groups: Sequence[Sequence[Join]], touched: dict[int, _Row]) -> None:
         for join in (join for group in groups for join in group):
@@ -338,7 +354,7 @@ class Listener:
 
     def __init__(self, engine: VirtualEngine, segments: Sequence[Segment], window: int = 1_000_000) -> None:
         self.starved = False
-        self.segments = segments
+        self.segments: list[Segment] = []
         self.marks: list[SegmentEnded] = []
         self.received = 0
         self.taken = 0
@@ -346,11 +362,20 @@ class Listener:
         self.error: Exception | None = None
         self.wake: Callable[[], None] = lambda: None
         self.window = window
+        self._engine = engine
         self._unread: deque[int] = deque()
-        expected = [engine.expected(segment) for segment in segments]
-        self._ends = [len(pcm) // 2 for pcm, _ in expected]
-        self._reason = EndReason.LENGTH if EndReason.LENGTH in (r for _, r in expected) else EndReason.COMPLETE
-        self._pcm = b"".join(pcm for pcm, _ in expected)
+        self._lengths: list[int] = []
+        self._reason = EndReason.COMPLETE
+        self._pcm = b""
+        self.extend(segments)
+
+    def extend(self, segments: Sequence[Segment]) -> None:
+        """More is to be expected."""
+        self.segments += segments
+        for pcm, reason in map(self._engine.expected, segments):
+            self._lengths.append(len(pcm) // 2)
+            self._pcm += pcm
+            self._reason = EndReason.LENGTH if reason is EndReason.LENGTH else self._reason
 
     @property
     def over(self) -> bool:
@@ -400,7 +425,7 @@ class Listener:
     def _mark(self, mark: SegmentEnded) -> None:
         assert mark.index == len(self.marks)
         assert mark.start_sample == (self.marks[-1].end_sample if self.marks else 0)
-        assert mark.end_sample == mark.start_sample + self._ends[mark.index]
+        assert mark.end_sample == mark.start_sample + self._lengths[mark.index]
         assert mark.end_sample == self.received, "a segment ends when all its audio was sent"
         self.marks.append(mark)
 
@@ -428,10 +453,11 @@ class World:
         max_rows: int = 2,
         deadline: float | None = None,
         window: int = 1_000_000,
+        closed: bool = True,
     ) -> Listener:
         listener = Listener(self.engine, segments, window)
         listener.wake = self._wake
-        request = Request(segments, listener, max_rows, deadline)
+        request = Request(segments, listener, max_rows, deadline, closed=closed)
         self.scheduler.submit(request, self.clock.now)
         self.requests[listener] = request
         self._wake()
@@ -439,6 +465,15 @@ class World:
 
     def say(self, *steps: int, max_rows: int = 2, window: int = 1_000_000) -> Listener:
         return self.submit(self.engine.segments(*steps), max_rows=max_rows, window=window)
+
+    def extend(self, listener: Listener, segments: Sequence[Segment]) -> None:
+        listener.extend(segments)
+        self.scheduler.extend(self.requests[listener], segments)
+        self._wake()
+
+    def close(self, listener: Listener) -> None:
+        self.scheduler.close(self.requests[listener])
+        self._wake()
 
     def cancel(self, listener: Listener) -> None:
         self.scheduler.cancel(self.requests.pop(listener))
@@ -449,7 +484,7 @@ class World:
         if self.resting:
             return None
         self._woken = False
-        self._deliver(self.scheduler.expire(self.clock.now))
+        self._deliver(self.scheduler.complete() + self.scheduler.expire(self.clock.now))
         plan = self.scheduler.plan(self.clock.now)
         if plan.empty and not self.scheduler.waits_for_report:
             return None

@@ -28,6 +28,7 @@ from common.errors import StartupError
 from common.settings import EspeakSettings
 from service.engines import espeak_worker
 from service.engines.espeak_worker import FAILED, LENGTH, READY, pack, unpack
+from service.text.tags import strip_tags
 
 SAMPLE_RATE_HERTZ = 22050
 SAMPLES_PER_STEP = 441
@@ -155,7 +156,7 @@ def _request(ref: RowRef, segment: Segment) -> bytes:
     language, voice = read_as(segment), VOICES[segment.voice]
     rate = round(WORDS_PER_MINUTE * (voice.tempo * segment.controls.speed) ** RATE_EXPONENT)
     fields = (ref.row, f"{language.file}+{voice.variant}", rate, voice.pitch, MAX_STEPS * SAMPLES_PER_STEP)
-    text = segment.text.translate(_CONTROLS)
+    text = strip_tags(segment.text).translate(_CONTROLS)
     return pack(*(str(field).encode("utf-8", "replace") for field in (*fields, text)))
 
 

@@ -21,7 +21,7 @@ HIDDEN = "\0"
 _REFUSED = "\x01"
 _BLANK_LETTERS = "\u115f\u1160\u3164\uffa0"
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
-_SPOKEN_SYMBOLS = frozenset("$¥￥€£₩₽₹฿+<=>|~^`±×÷→≤≥≈≠°℃℉№−－＋＜＝＞｜～＄％＾｀￡￠￦⁄´¨゛゜")
+_SPOKEN_SYMBOLS = frozenset("$¥￥€£₩₽₹฿+<=>|~^`±×÷→≤≥≈≠°℃℉№−－＋＜＝＞｜～＄％＾｀￡￠￦⁄´゛゜")
 """Symbols that are said, or written for a pause. All others, emoji among them, are refused; punctuation never is."""
 
 SPEECH = re.compile(rf"[^\W_{_BLANK_LETTERS}]")
@@ -141,9 +141,10 @@ def _show_character(char: str) -> str:
     # A space for what is refused: the words beside an emoji are still two words.
     if category in ("Cc", "Zs") or (_ODD.match(char) and _is_refused(char)):
         return " "
-    # Variation selectors and their like are marks by category; enclosing marks are the boxes of keycap emoji.
+    # Variation selectors and their like are marks by category; enclosing marks are the boxes of keycap emoji; U+0338
+    # makes other symbols of symbols.
     invisible = (
-        category in ("Cf", "Me") or char in _BLANK_LETTERS or char in "\u034f\u17b4\u17b5\u180b\u180c\u180d\u180f"
+        category in ("Cf", "Me") or char in _BLANK_LETTERS or char in "\u0338\u034f\u17b4\u17b5\u180b\u180c\u180d\u180f"
     )
     if invisible or "\ufe00" <= char <= "\ufe0f" or "\U000e0000" <= char <= "\U000e0fff":
         return HIDDEN
