@@ -712,6 +712,20 @@ def test_an_open_request_waits_for_more_and_ends_when_it_is_closed() -> None:
     check_nothing_is_left(world)
 
 
+def test_an_open_request_that_is_over_takes_nothing_and_does_not_end_again() -> None:
+    world = World(VirtualEngine())
+    listener = world.submit(world.engine.segments(2), closed=False)
+    request = world.requests[listener]
+    world.drain()
+    world.close(listener)
+    world.cancel(listener)
+    world.scheduler.extend(request, world.engine.segments(3))
+    world.drain()
+    assert not listener.over
+    assert world.scheduler.counters.completed == 0
+    check_nothing_is_left(world)
+
+
 def test_later_rows_that_end_first_wait_for_their_turn() -> None:
     world = World(VirtualEngine())
     listener = world.say(10, 1, 0, 2, max_rows=4)
