@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import dialects
-from service.text import detect_language, normalize, split, warm_up
+from service.text import detect_language, normalize, split, warm_up, warm_up_rare
 
 TABLES = Path(__file__).parent.parent / "tests" / "data" / "spoken"
 ARTICLE = Path(__file__).parent.parent / "tests" / "data" / "article.txt"
@@ -96,6 +96,7 @@ def scores(say: Say) -> dict[str, float]:
 def measure(quick: bool) -> dict[str, float]:
     """Every figure by name."""
     warm_up()
+    warm_up_rare()
     runs = 5 if quick else 25
     zh, en = (text * (2000 // len(text)) for text in (_ZH, _EN))
     article = (ARTICLE.read_text("utf-8") * 3)[:5000]

@@ -60,7 +60,9 @@ async def serve(settings: Settings) -> None:
     runner.start()
     await _warm_up(runner, engine)
     await server.set_serving(True)
+    rarely_needed = asyncio.create_task(asyncio.to_thread(text.warm_up_rare))
     await server.wait_for_drain(settings.service.drain_seconds, settings.service.grace_seconds)
+    await rarely_needed
     died = runner.dead
     await runner.stop()
     if died:

@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 
 from bench.text import Case, cases
-from service.text import fallback, normalize, warm_up
+from service.text import fallback, normalize, warm_up, warm_up_rare
 from service.text.en import rules as en_rules
 from service.text.numbers import en_integer, en_ordinal, en_year, roman, zh_integer
 from service.text.zh import rules as zh_rules
@@ -21,6 +21,7 @@ FLOOR = 0.95
 @pytest.fixture(autouse=True, scope="module")
 def warm() -> None:
     warm_up()
+    warm_up_rare()
 
 
 @pytest.mark.parametrize("kind", KINDS)

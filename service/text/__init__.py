@@ -2,7 +2,7 @@
 
 from service.text.clean import Rejected, has_speech
 from service.text.language import detect_language
-from service.text.normalizer import normalize, warm_up
+from service.text.normalizer import normalize, warm_up, warm_up_rare
 from service.text.segments import FRONT_END_REVISION, Segmenter, TextSegment, split
 from service.text.tags import strip_tags
 
@@ -17,4 +17,5 @@ __all__ = [
     "split",
     "strip_tags",
     "warm_up",
+    "warm_up_rare",
 ]

@@ -50,9 +50,13 @@ def speak(shown: str, language: str) -> str:
 
 
 def warm_up() -> None:
-    """Loads and compiles all there is, which takes a second or more. For a service's start."""
+    """Compiles the rules, so that the first caller need not wait for that. Takes some tenths of a second."""
     for book in _BOOKS.values():
         book.compile()
+
+
+def warm_up_rare() -> None:
+    """Loads what few texts need. Takes a second or more, and may be done beside serving."""
     fallback.warm_up()
 
 
