@@ -42,6 +42,11 @@ class Outbox:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def fail(self, event: Event) -> None:
+        """Ends the events here: what was not taken is dropped, and this comes next."""
+        self._events.clear()
+        self.put(event)
+
     async def get(self) -> Event:
         """Takes the next event, waiting for it. One reader only."""
         while not self._events:

@@ -73,8 +73,8 @@ class Speaking:
         self._runner.close(self._request)
 
     def fail(self, error: Exception) -> None:
-        """Ends the events with RequestFailed, on behalf of the one who adds segments."""
-        self._outbox.put(RequestFailed(error))
+        """Ends the events with RequestFailed, at once, on behalf of the one who adds segments."""
+        self._outbox.fail(RequestFailed(error))
 
     async def room(self, segments: int) -> None:
         """Waits until fewer segments than that are yet to be heard."""

@@ -46,7 +46,7 @@ err = Console(stderr=True)
 
 SetOption = Annotated[
     list[str],
-    typer.Option("--set", metavar="NAME=VALUE", help="A setting, for example service.listen=:50061. May be repeated."),
+    typer.Option("--set", metavar="NAME=VALUE", help="A setting, for example service.listen=0.0.0.0:50061."),
 ]
 AddressOption = Annotated[
     str, typer.Option("--address", "-a", envvar="CHORUS_ADDRESS", help="Where Chorus listens: HOST:PORT.")

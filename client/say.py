@@ -7,8 +7,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -92,7 +92,7 @@ async def say(client: Client, text: str, path: Path, wish: Wish, *, stream: bool
         CallError: the call failed; of a stream the file keeps what had come.
         OSError: the file cannot be written.
     """
-    with path.open("wb") as file:
+    with _replacing(path) as file:
         if stream or len(text) > SHORT_CHARACTERS:
             messages = client.stream(text, voice=wish.voice, language=wish.language, format=wish.wire)
             said = await _keep(messages, file, path, console, len(text.encode()))
@@ -111,7 +111,7 @@ async def say_as_written(
         CallError: the call failed; the file keeps what had come.
         OSError: the file cannot be written.
     """
-    with path.open("wb") as file:
+    with _replacing(path) as file:
         messages = client.stream_text(lines, voice=wish.voice, language=wish.language, format=wish.wire)
         said = await _keep(messages, file, path, console, None)
     _write_length(path, said)
@@ -120,7 +120,14 @@ async def say_as_written(
 
 async def read_stdin() -> AsyncIterator[str]:
     """Standard input, line by line, as it is typed or piped."""
-    while line := await asyncio.to_thread(sys.stdin.readline):
+    try:
+        reader = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    except ValueError:  # a file: it never keeps one waiting
+        for line in sys.stdin:
+            yield line
+        return
+    while line := (await reader.readline()).decode(errors="replace"):
         yield line
 
 
@@ -130,6 +137,24 @@ async def play(path: Path) -> None:
     if command is not None and sys.stdout.isatty() and os.environ.get("CHORUS_PLAY", "1") != "0":
         process = await asyncio.create_subprocess_exec(*command, str(path))
         await process.wait()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the path's place once there is something in it: a call that fails leaves the old one."""
+    if path.exists() and not path.is_file():  # a device or a pipe
+        with path.open("wb") as file:
+            yield file
+        return
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            yield file
+    finally:
+        if part.exists() and part.stat().st_size:
+            part.replace(path)
+        else:
+            part.unlink(missing_ok=True)
 
 
 async def _whole(client: Client, text: str, file: BinaryIO, path: Path, wish: Wish) -> Said:

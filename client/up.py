@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -69,6 +70,8 @@ async def up(settings: Settings, cards: int, console: Console, then: Callable[[]
     """
     services, gateway = plan(settings, cards)
     children = [*services, gateway]
+    for child in children:
+        _check_free(child)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -104,6 +107,23 @@ def plan(settings: Settings, cards: int) -> tuple[list[Child], Child]:
     backends = ",".join(service.address for service in services)
     gateway = Child("gateway", settings.gateway.listen, environment(settings) | {"CHORUS_GATEWAY_BACKENDS": backends})
     return services, gateway
+
+
+def _check_free(child: Child) -> None:
+    """Whoever is there already would answer in the child's place.
+
+    Raises:
+        StartupError: the child's address is taken.
+    """
+    if child.address.startswith("unix:"):
+        return
+    host, _, port = child.address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):
+            pass
+    except OSError:
+        return
+    raise StartupError(f"cannot start the {child.role} on {child.address}: is another process there?")
 
 
 def _shifted(address: str, by: int) -> str:

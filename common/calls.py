@@ -7,7 +7,7 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeAlias
@@ -30,6 +30,11 @@ PLAIN_SERVICES = ("/grpc.health.", "/grpc.reflection.")
 
 UNKNOWN_METHOD = "unknown"
 """What metrics and logs call every method that there is not: its name is its caller's, and there may be any number."""
+
+
+RECEIVE_SECONDS = 20.0
+"""How long the message of a unary call may take."""
+IDLE_POLL_SECONDS = 0.05
 
 
 class Call:
@@ -111,9 +116,17 @@ class CallFrame(grpc.aio.ServerInterceptor):
             call.code = "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
             raise
         except Exception as error:
+            if context.cancelled() or context.done():  # what was sent to a caller who has left could only fail
+                call.code = "CANCELLED"
+                return
             scrubbed = self._scrub(call, error)
             call.code, call.reason = scrubbed.code.name, scrubbed.reason
             await abort(context, scrubbed)
+
+    async def idle(self) -> None:
+        """Waits until no call of ours runs."""
+        while self._active:  # noqa: ASYNC110 (only while a process ends)
+            await asyncio.sleep(IDLE_POLL_SECONDS)
 
     def _check_room(self) -> None:
         if self._active > self._max_calls:
@@ -210,8 +223,10 @@ async def _only(requests: AsyncIterator[Any]) -> Any:
         Unimplemented: there is none; the code that gRPC's documentation names for a wrong number of messages.
         Internal: it cannot be parsed; likewise.
     """
-    async for request in requests:
-        return _no_garbage(request)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(RECEIVE_SECONDS):
+            async for request in requests:
+                return _no_garbage(request)
     raise Unimplemented("this method takes one message, and none came", "MESSAGE_MISSING")
 
 
@@ -232,8 +247,9 @@ def _no_garbage(request: Any) -> Any:
 
 
 def _unknown_method(method: str) -> Handler:
-    async def refuse(request: bytes, context: Context) -> bytes:
+    async def refuse(requests: AsyncIterator[bytes], context: Context) -> bytes:
         message = f"there is no method {quoted(method)}; server reflection lists what there is"
         raise Unimplemented(message, "METHOD_NOT_FOUND")
 
-    return grpc.unary_unary_rpc_method_handler(refuse)
+    # Of a stream nothing has to be read before it is refused.
+    return grpc.stream_unary_rpc_method_handler(refuse)

@@ -31,7 +31,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 SWITCH_SECONDS = 0.0002
-KEEPALIVE_PERMITTED_MS = 20_000
+KEEPALIVE_PERMITTED_MS = 5_000
 """Clients may ping this often; gRPC's default of 5 minutes would close the connection of one that pings each 30 s."""
 
 
@@ -40,8 +40,9 @@ class Server:
 
     def __init__(self, settings: Settings, services: Iterable[str], identify: Identify) -> None:
         """`services`: full names of the services that will be registered on `grpc`."""
+        self._frame = CallFrame(identify, settings.limits.concurrent_calls, settings.debug)
         self.grpc = grpc.aio.server(
-            interceptors=[CallFrame(identify, settings.limits.concurrent_calls, settings.debug)],
+            interceptors=[self._frame],
             options=server_options(settings.limits),
         )
         self._services = tuple(services)
@@ -89,9 +90,12 @@ class Server:
         if number is signal.SIGTERM:
             await self._wait_for_signal(drain_seconds)
         stopping = asyncio.create_task(self.grpc.stop(grace_seconds))
+        # Health watches and reflection have no end of their own: they need not be waited for.
+        idle = asyncio.create_task(self._frame.idle())
         impatience = asyncio.create_task(self._stop_signals.get())
-        await asyncio.wait({stopping, impatience}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({stopping, idle, impatience}, return_when=asyncio.FIRST_COMPLETED)
         impatience.cancel()
+        idle.cancel()
         if not stopping.done():
             await self.grpc.stop(0)
         await stopping
@@ -110,6 +114,9 @@ def server_options(limits: LimitSettings) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", limits.message_bytes),
         ("grpc.max_send_message_length", limits.message_bytes),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_PERMITTED_MS),
+        # A caller whose machine has vanished gives its place back.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
         # A caller who sends faster than it is read waits in its own memory, not in ours.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", 65_536),

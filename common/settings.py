@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,14 +40,27 @@ def _check_http_address(address: str) -> str:
 
 
 def _is_host_port(address: str) -> bool:
-    _, colon, port = address.rpartition(":")
-    return bool(colon) and port.isdecimal() and int(port) < 65536
+    host, _, port = address.rpartition(":")
+    return bool(host) and port.isdecimal() and int(port) < 65536
 
+
+def _check_backends(backends: str) -> str:
+    addresses = [address.strip() for address in backends.split(",")]
+    if len(addresses) > 1:
+        if not all(_IPV4_PORT.fullmatch(address) for address in addresses):
+            raise ValueError("several services must each be an IPv4 address and a port; a name stands alone")
+    elif not _TARGET.fullmatch(addresses[0]):
+        raise ValueError("must be HOST:PORT, several of them, or a gRPC target such as dns:///name:port")
+    return backends
+
+
+_IPV4_PORT = re.compile(r"(localhost|\d{1,3}(\.\d{1,3}){3}):\d{1,5}")
+_TARGET = re.compile(r"\S+:\d{1,5}|(unix|dns|ipv4|ipv6|xds):\S+")
 
 Address = Annotated[str, AfterValidator(_check_address)]
 HttpAddress = Annotated[str, AfterValidator(_check_http_address)]
-Seconds = Annotated[float, Field(ge=0)]
-PositiveSeconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -94,7 +108,7 @@ class GatewaySettings(Section):
 
     listen: Address = "127.0.0.1:50051"
     metrics_listen: HttpAddress = "127.0.0.1:9451"
-    backends: str = "127.0.0.1:50061"
+    backends: Annotated[str, AfterValidator(_check_backends)] = "127.0.0.1:50061"
     """Services: `HOST:PORT`, several separated by commas, or one target that gRPC resolves, such as `dns:///name:port`."""
     deadline_margin: Seconds = 0.05
     """Seconds kept back from the caller's deadline for the way back."""
@@ -210,7 +224,9 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
-            raise StartupError(f"--set {assignment}: write it as NAME=VALUE, for example --set service.listen=:50061")
+            raise StartupError(
+                f"--set {assignment}: write it as NAME=VALUE, for example --set service.listen=0.0.0.0:50061"
+            )
         *sections, leaf = name.split(".")
         target = values
         for section in sections:

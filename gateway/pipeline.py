@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, TypeAlias
 
 import grpc
@@ -19,6 +20,26 @@ ANYONE = "anyone"
 
 Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[Any, Any]"
 StreamMethod: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[Any, Any] | grpc.aio.StreamStreamMultiCallable[Any, Any]"
+
+
+class _Requests:
+    """A caller's stream of requests, which remembers how it failed."""
+
+    def __init__(self, requests: AsyncIterator[Any]) -> None:
+        self._requests = requests
+        self.error: Exception | None = None
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await anext(self._requests)
+        except StopAsyncIteration:
+            raise
+        except Exception as error:
+            self.error = error
+            raise
 
 
 class Pipeline:
@@ -39,10 +60,16 @@ class Pipeline:
 
         `request`: a message, or an iterator of messages where the method takes a stream.
         """
-        call = method(request, metadata=self._metadata(), timeout=self._timeout(context))
+        requests = _Requests(request) if isinstance(request, AsyncIterator) else None
+        call = method(requests or request, metadata=self._metadata(), timeout=self._timeout(context))
         try:
             async for message in call:
                 yield message
+        except asyncio.CancelledError:
+            # gRPC cancels a call whose requests fail, and keeps the reason to itself.
+            if requests is not None and requests.error is not None:
+                raise requests.error from None
+            raise
         except grpc.aio.AioRpcError as error:
             raise told(error) from error
         finally:

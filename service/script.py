@@ -70,6 +70,8 @@ class WrittenText:
         self._limits = limits
         self._segmenter = Segmenter(language)
         self._next: asyncio.Future[tts_pb2.StreamSynthesizeTextRequest | None] | None = None
+        self._silent = 0
+        """Characters since the last segment."""
         self._unread: deque[str] = deque()
         """Of the last message of text."""
         self._unspoken = False
@@ -84,8 +86,11 @@ class WrittenText:
         """
         while True:
             while self._unread:
-                if segments := self._segmenter.feed(self._unread.popleft()):
+                piece = self._unread.popleft()
+                if segments := self._segmenter.feed(piece):
+                    self._silent = 0
                     return segments
+                self._check_silence(len(piece))
                 await asyncio.sleep(0)  # a long message holds up nobody else
             message = await self._read()
             if message is None:
@@ -128,6 +133,12 @@ class WrittenText:
                 raise InvalidArgument.of([Violation("config", "may only be said first")])
             case _:
                 raise InvalidArgument.of([Violation("message", "says nothing: set text, flush or cancel")])
+
+    def _check_silence(self, characters: int) -> None:
+        """Text without an end of a segment is kept: it must not grow for ever."""
+        self._silent += characters
+        if self._silent > self._limits.text_characters:
+            raise InvalidArgument.of([Violation("text", f"has had nothing to speak for {self._silent} characters")])
 
     def _check_length(self, text: str) -> None:
         if len(text) > self._limits.text_characters:

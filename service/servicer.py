@@ -13,7 +13,7 @@ from audio.formats import SERVED, Format, resolve
 from audio.headers import with_known_length
 from batcher.runner import Runner
 from common.calls import Context, current_call
-from common.errors import InvalidArgument, NotFound, OutOfRange, Violation, quoted
+from common.errors import DeadlineExceeded, InvalidArgument, NotFound, OutOfRange, Violation, quoted
 from common.metadata import ORCA_LOAD, REQUEST_ID
 from common.settings import Settings
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
@@ -103,12 +103,17 @@ class Servicer(
         self, request: AsyncIterator[tts_pb2.StreamSynthesizeTextRequest], context: Context
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeTextResponse, None]:
         """Sends the speech while its text is written."""
-        manner = parse_config(await read_config(request), self._engine)
-        terms = Terms(self._settings.batcher.stream_rows, self._deadline(context))
-        script = WrittenText(request, manner.language, self._settings.limits)
-        async with aclosing(script), aclosing(self._speak(manner, script, terms, context)) as messages:
-            async for message in messages:
-                yield tts_pb2.StreamSynthesizeTextResponse(**_field(message))
+        deadline = self._deadline(context)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                manner = parse_config(await read_config(request), self._engine)
+                terms = Terms(self._settings.batcher.stream_rows, deadline)
+                script = WrittenText(request, manner.language, self._settings.limits)
+                async with aclosing(script), aclosing(self._speak(manner, script, terms, context)) as messages:
+                    async for message in messages:
+                        yield tts_pb2.StreamSynthesizeTextResponse(**_field(message))
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED") from None
 
     async def NormalizeText(
         self, request: tts_pb2.NormalizeTextRequest, context: Context

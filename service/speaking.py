@@ -156,7 +156,8 @@ class _Teller:
         self._call = call
         self._first_audio: float | None = None
         self._sequence = 0
-        self._samples = 0
+        self._sent = 0
+        """Samples that can be heard, at the format's rate."""
         self._parts: list[TextSegment] = []
         """Those that became rows."""
         self._rest: TextSegment | None = None
@@ -174,6 +175,7 @@ class _Teller:
 
     def piece(self, piece: Piece | None, samples: int) -> Iterator[SpeechMessage]:
         """The next bytes, if there are any. `samples`: those that can be heard with them."""
+        self._sent = samples
         if piece is not None:
             if self._first_audio is None:
                 self._first_audio = time.monotonic() - self._call.arrived
@@ -185,7 +187,6 @@ class _Teller:
 
     def segment(self, event: SegmentEnded, samples: int) -> Iterator[SpeechMessage]:
         """The mark of a segment, once its last audio has left."""
-        self._samples = event.end_sample
         self._marks.append(self._mark(self._parts[event.index], event.start_sample, event.end_sample))
         yield from self._due(samples)
 
@@ -210,10 +211,10 @@ class _Teller:
         )
 
     def cancelled(self) -> tts_pb2.StreamEnd:
-        """The end of a speech that its caller has cut short. Counts the samples of whole segments."""
+        """The end of a speech that its caller has cut short. Counts what was sent."""
         return tts_pb2.StreamEnd(
             finish_reason=tts_pb2.FINISH_REASON_CANCELLED,
-            sample_count=self._at_rate(self._samples),
+            sample_count=self._sent,
             timings=self._timings(0.0),
         )
 

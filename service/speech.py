@@ -109,12 +109,11 @@ def text_faults(text: str, limits: LimitSettings) -> list[Violation]:
     """What is wrong with a whole text."""
     if not text:
         return [Violation("text", "is empty")]
-    faults = []
     if len(text) > limits.text_characters:
-        faults.append(Violation("text", f"has {len(text)} characters; at most {limits.text_characters} are taken"))
+        return [Violation("text", f"has {len(text)} characters; at most {limits.text_characters} are taken")]
     if not has_speech(text):
-        faults.append(Violation("text", "has nothing to speak in it: no letter and no digit"))
-    return faults
+        return [Violation("text", "has nothing to speak in it: no letter and no digit")]
+    return []
 
 
 def voice_faults(voice: str, engine: SpeechEngine) -> list[Violation]:

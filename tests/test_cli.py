@@ -294,3 +294,23 @@ def test_normalize(up: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "三千五百" in done.stdout
     assert "\U0001f600" in done.stderr
+
+
+def test_up_does_not_speak_through_somebody_else(up: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    env = ports() | {"CHORUS_ENGINE": "tone", "CHORUS_GATEWAY_LISTEN": up[1]["CHORUS_ADDRESS"]}
+    done = chorus("up", cwd=tmp_path, env=env)
+    assert (done.returncode, "is another process there?" in done.stderr) == (78, True)
+
+
+def test_a_call_that_fails_leaves_the_old_file(up: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    (tmp_path / "keep.wav").write_text("precious")
+    assert chorus("say", "x", "--voice", "nobody", "-o", "keep.wav", cwd=tmp_path, env=up[1]).returncode == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["keep.wav"]
+    assert (tmp_path / "keep.wav").read_text() == "precious"
+
+
+def test_waiting_for_typed_text_can_be_interrupted(up: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [CHORUS, "say", "-", "--voice", "nobody"], cwd=tmp_path, env=environment(up[1]), stdin=subprocess.PIPE
+    ) as process:
+        assert process.wait(30) == 1  # the error ends it, although nothing was typed

@@ -148,6 +148,26 @@ async def test_calls_are_accepted_while_balancers_notice_a_drain(stack: Stack) -
     assert await service.wait() == 0
 
 
+async def test_a_health_watch_does_not_hold_up_a_drain(stack: Stack) -> None:
+    service = await stack.service()
+    watch: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = service.channel().unary_stream(
+        "/grpc.health.v1.Health/Watch", request_serializer=bytes, response_deserializer=bytes
+    )
+    assert await watch(b"", timeout=60).read()
+    service.signal(signal.SIGTERM)
+    assert await service.wait(20) == 0
+
+
+async def test_a_stopped_backend_is_left_out_in_bounded_time(stack: Stack) -> None:
+    stopped, going = [await stack.service(tone_card=card) for card in "ab"]
+    gateway = await stack.gateway(stopped, going)
+    stub = gateway.stub()
+    stopped.signal(signal.SIGSTOP)
+    calls = [stub.Synthesize(text_request(f"call {number}"), timeout=30) for number in range(8)]
+    replies = await asyncio.gather(*calls)  # those that met the stopped one are tried again
+    assert all(reply.end.sample_count for reply in replies)
+
+
 async def test_a_gateway_without_backends(stack: Stack) -> None:
     service, gateway = await stack.pair()
     service.signal(signal.SIGKILL)

@@ -327,7 +327,9 @@ class AnythingHappens(RuleBasedStateMachine):
         assert not self.engine.violations
 
 
-AnythingHappens.TestCase.settings = settings(deadline=None, max_examples=250, stateful_step_count=50)
+AnythingHappens.TestCase.settings = settings(
+    deadline=None, max_examples=250, stateful_step_count=50, report_multiple_bugs=False
+)
 test_anything_happens = AnythingHappens.TestCase
 
 

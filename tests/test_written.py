@@ -76,6 +76,11 @@ async def hear(call: Call, heard: Heard) -> Heard:
     return heard
 
 
+async def read_all(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 async def failure(call: Call) -> CallError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await hear(call, Heard())
@@ -145,9 +150,36 @@ async def test_barge_in_frees_everything_at_once(stack: Stack) -> None:
     await hear(call, heard)
     assert heard.end is not None
     assert heard.end.finish_reason == tts_pb2.FINISH_REASON_CANCELLED
+    assert heard.end.sample_count * 2 == len(heard.audio)
     await service.until_metric("chorus_batcher_rows", 0)
     assert service.metric("chorus_batcher_slots_free") == 64
     assert service.metric("chorus_batcher_cancel_ticks_max") <= 1
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_bytes_that_are_no_message_in_the_middle(pair: tuple[Server, Server], begun: bool) -> None:
+    for server in pair:
+        method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = server.channel().stream_stream(
+            "/chorus.v1.TextToSpeechService/StreamSynthesizeText", bytes, bytes
+        )
+        call = method(timeout=30)
+        await call.write(CONFIG.SerializeToString())
+        if begun:
+            await call.write(said("This is heard. And this").SerializeToString())
+            await call.read()
+        await call.write(b"\xff\xff\xff")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_all(call)
+        failed = call_error(caught.value)
+        assert (failed.code, failed.reason) == (grpc.StatusCode.INTERNAL, "MALFORMED_MESSAGE")
+
+
+async def test_text_with_nothing_to_speak_is_not_kept_for_ever(pair: tuple[Server, Server]) -> None:
+    call = dialogue(pair[1])
+    await call.write(CONFIG)
+    for _ in range(6):
+        await call.write(said("。" * 1000))
+    assert list((await failure(call)).fields) == ["text"]
 
 
 async def test_a_cancel_before_anything_else(pair: tuple[Server, Server]) -> None:
