@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 
 from batcher.request import Request, Row
 
@@ -20,9 +19,6 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return len(self._members)
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._members)
 
     def add(self, request: Request) -> None:
         """Puts a request at the back, if it has a row to start and is not waiting already."""

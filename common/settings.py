@@ -135,7 +135,7 @@ class BatcherSettings(Section):
     outbox_seconds: PositiveSeconds = 4.0
     """Audio that may lie ready for a reader who does not read."""
     prefill_tokens: Count = 4096
-    """Prompt tokens, padding included, that may join in one tick."""
+    """Prompt tokens that may join in one tick."""
 
 
 class EspeakSettings(Section):
