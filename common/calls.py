@@ -125,6 +125,8 @@ class CallFrame(grpc.aio.ServerInterceptor):
 
     async def idle(self) -> None:
         """Waits until no call of ours runs."""
+        # A call that came at the last moment may not have begun yet: so never before a first wait.
+        await asyncio.sleep(IDLE_POLL_SECONDS)
         while self._active:  # noqa: ASYNC110 (only while a process ends)
             await asyncio.sleep(IDLE_POLL_SECONDS)
 

@@ -65,7 +65,6 @@ class WrittenText:
     ) -> None:
         """`messages`: after the config."""
         self.done = False
-        self.characters = 0
         self._messages = messages
         self._limits = limits
         self._segmenter = Segmenter(language)
@@ -119,14 +118,15 @@ class WrittenText:
         match message.WhichOneof("message"):
             case "text":
                 self._check_length(message.text)
-                self.characters += len(message.text)
                 self._unspoken = True
                 starts = range(0, len(message.text), READ_AT_ONCE)
                 self._unread.extend(message.text[start : start + READ_AT_ONCE] for start in starts)
                 return []
             case "flush":
                 self._unspoken = False
-                return self._segmenter.flush()
+                if segments := self._segmenter.flush():
+                    self._silent = 0
+                return segments
             case "cancel":
                 raise BargeIn
             case "config":

@@ -135,6 +135,19 @@ async def test_a_flush_and_a_pause_both_speak_what_has_come(pair: tuple[Server, 
         heard.check("no full stop")
 
 
+async def test_flushed_text_without_sentences_goes_on_for_long(pair: tuple[Server, Server]) -> None:
+    call = dialogue(pair[1])
+    heard = Heard()
+    reading = asyncio.create_task(hear(call, heard))
+    await call.write(CONFIG)
+    for _ in range(60):
+        await call.write(said("word " * 20))
+        await call.write(FLUSH)
+    await call.done_writing()
+    await reading
+    heard.check("word " * 1200)
+
+
 @pytest.mark.asyncio(loop_scope="function")
 async def test_barge_in_frees_everything_at_once(stack: Stack) -> None:
     service, gateway = await stack.pair(tone_step_base_ms=4)
