@@ -75,7 +75,7 @@ class Prediction:
 class Caps:
     """What an engine can do, and what that costs.
 
-    `predict` and `step_seconds` are pure and fast: the scheduler calls them while planning.
+    `predict`, `step_seconds` and `prefill_seconds` are pure and fast: the scheduler calls them while planning.
     """
 
     sample_rate_hertz: int
@@ -93,6 +93,8 @@ class Caps:
     predict: Callable[[Segment], Prediction]
     step_seconds: Callable[[int], float]
     """Rows in a step → seconds it takes."""
+    prefill_seconds: Callable[[int], float]
+    """Prompt tokens of the rows that join, padding included → seconds their prefill takes."""
 
     @property
     def steps_per_second(self) -> float:
@@ -195,7 +197,8 @@ class Engine(Protocol):
         """Does what the plan says.
 
         Raises:
-            EngineOutOfMemoryError: nothing of the plan was done, and the engine is as it was before.
+            EngineOutOfMemoryError: nothing of the plan was done, the engine is as it was before, and what memory it
+                could give back it has given back.
             Exception: the engine failed; it has forgotten all its rows and can be used again.
         """
         ...

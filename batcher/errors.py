@@ -16,6 +16,10 @@ class QueueFullError(BatcherError):
         self.retry_after = retry_after
 
 
+class FirstAudioUnreachableError(QueueFullError):
+    """A stream would have to wait too long for its first audio."""
+
+
 class DeadlineUnreachableError(BatcherError):
     """The deadline would pass before the work is done, so it is not begun."""
 

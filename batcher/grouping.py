@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from batcher.request import Row
 
-MAX_PADDING = 0.25
+MAX_PADDING = 0.1
 """The share of a group's tokens that may be padding for its shortest row."""
 
 
@@ -23,3 +23,9 @@ def group_by_length(rows: Sequence[Row]) -> list[list[Row]]:
         else:
             groups.append([row])
     return groups
+
+
+def padding(group: Sequence[Row]) -> int:
+    """Tokens that a group's prompts are padded with, to the longest of them."""
+    lengths = [row.prediction.prompt_tokens for row in group]
+    return max(lengths) * len(lengths) - sum(lengths)

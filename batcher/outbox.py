@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from batcher.request import Audio, Event
+from batcher.request import Audio, Event, RequestEnded, RequestFailed
 
 BYTES_PER_SAMPLE = 2
 
@@ -20,11 +20,12 @@ class Outbox:
     At most `window` samples beyond those taken ever lie in it.
     """
 
-    __slots__ = ("_events", "_taken", "_waiter", "_wake", "_window", "starved")
+    __slots__ = ("_ended", "_events", "_taken", "_waiter", "_wake", "_window", "starved")
 
     def __init__(self, window: int, wake: Callable[[], None]) -> None:
         """`window`: samples. `wake`: tells the runner that there is credit again; called from the event loop."""
         self._events: deque[Event] = deque()
+        self._ended = False
         self._taken = 0
         self._waiter: asyncio.Future[None] | None = None
         self._wake = wake
@@ -37,7 +38,10 @@ class Outbox:
         return self._taken + self._window
 
     def put(self, event: Event) -> None:
-        """Adds an event, in order."""
+        """Adds an event, in order. After the end nothing counts: what was on its way then is dropped."""
+        if self._ended:
+            return
+        self._ended = isinstance(event, RequestEnded | RequestFailed)
         self._events.append(event)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -45,6 +49,7 @@ class Outbox:
     def fail(self, event: Event) -> None:
         """Ends the events here: what was not taken is dropped, and this comes next."""
         self._events.clear()
+        self._ended = False
         self.put(event)
 
     async def get(self) -> Event:

@@ -6,11 +6,20 @@ encoders.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 from batcher.engine import EndReason, Prediction, RowRef, Segment
+
+
+class Priority(Enum):
+    """Whether somebody waits for it."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,10 @@ class Reader(Protocol):
         ...
 
 
+NEVER = 1 << 62
+"""More steps than any row has."""
+
+
 @dataclass(eq=False, slots=True)
 class Row:
     """One segment on its way through the engine."""
@@ -77,11 +90,15 @@ class Row:
     segment: Segment
     prediction: Prediction
     ref: RowRef | None = None
-    """Set when it joins."""
+    """Set while the engine knows it, or has done all there was to do."""
+    attempts: int = 0
+    """Times that the engine failed and this row was to blame, as far as one can tell."""
     steps_done: int = 0
     ended: EndReason | None = None
     vocode_asked: int = 0
     """Steps whose vocoding was planned; reports may be a tick behind."""
+    vocode_at: int = NEVER
+    """Steps that must be done for the next block of samples to be asked for."""
     vocoded: int = 0
     samples: int = 0
     """Samples delivered."""
@@ -93,9 +110,11 @@ class Row:
         """Nothing more will come of it."""
         return self.ended is not None and self.vocoded >= self.steps_done
 
-    def vocodable_to(self, lookahead: int) -> int:
-        """The step up to which its samples are final."""
-        return self.steps_done if self.ended else max(0, self.steps_done - lookahead)
+    def reset(self) -> None:
+        """The engine has forgotten it: it begins anew. Not for rows of which samples were delivered."""
+        self.ref = self.ended = None
+        self.steps_done = self.vocode_asked = self.vocoded = 0
+        self.vocode_at = NEVER
 
 
 @dataclass(eq=False, slots=True)
@@ -103,38 +122,51 @@ class Request:
     """An ordered list of segments for one reader. It may still be open: then segments are added until it is closed."""
 
     segments: Sequence[Segment]
-    """Those that it begins with; at least one."""
+    """Those that it begins with; at least one. Let go once they are rows."""
     reader: Reader
     max_rows: int
     """Rows that may be in flight at once, from join to last sample."""
     deadline: float | None = None
     """On the runner's clock, in seconds."""
     tenant: str = ""
+    priority: Priority = Priority.INTERACTIVE
+    stream: bool = False
+    """It is listened to while it is spoken: a gap would be heard."""
     closed: bool = True
     """No segments will be added."""
     expected_steps: int = 0
     """Of all its segments, also those still to be added, as far as that is known."""
-    rows: list[Row] = field(default_factory=list)
+    later: deque[Row] = field(default_factory=deque)
+    """Rows that may not run yet."""
+    current: deque[Row] = field(default_factory=deque)
+    """Rows that wait or run, in order, the one whose audio is being delivered first."""
+    index: int = 0
+    """Segments whose audio was delivered."""
+    segment_start: int = 0
+    """Samples delivered of the segments before the first in `current`."""
+    samples: int = 0
+    """Samples delivered."""
     arrived: float = 0.0
     first_join: float | None = None
-    head: int = 0
-    """The row whose audio is being delivered."""
-    next_row: int = 0
-    """The next row to join."""
-    released: int = 0
-    """Rows before this one may join."""
-    samples: int = 0
-    """Samples delivered, of the rows before the head."""
+    playback_started: float | None = None
+    """When the first samples were delivered; later by the length of each gap since."""
+    held_back: bool = False
+    """Its reader had no credit for the last samples that there were."""
     cut: bool = False
     """A row ended as LENGTH."""
     over: bool = False
 
     @property
-    def delivered(self) -> bool:
-        """All of its audio has been delivered, and no more will come."""
-        return self.closed and self.head == len(self.rows)
+    def head(self) -> Row | None:
+        """The row whose audio is being delivered."""
+        return self.current[0] if self.current else None
 
     @property
-    def startable(self) -> bool:
-        """A row of it could join now."""
-        return not self.over and self.next_row < self.released
+    def next_row(self) -> Row | None:
+        """The next row to join."""
+        return next((row for row in self.current if row.ref is None), None)
+
+    @property
+    def delivered(self) -> bool:
+        """All of its audio has been delivered, and no more will come."""
+        return self.closed and not self.current and not self.later

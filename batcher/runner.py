@@ -1,12 +1,13 @@
 """The thread that owns the engine: plan, run, deliver.
 
 All state is the scheduler's, behind one lock that is held while it thinks and never while the engine works. Events
-cross to the event loop once a tick.
+cross to the event loop once a tick. Deadlines are kept by the event loop, so that none waits for the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,11 +16,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
+from batcher.counters import Counters, Deaf, Observer
 from batcher.engine import Engine, EngineOutOfMemoryError, Plan, Segment
 from batcher.errors import StoppedError
 from batcher.outbox import Outbox
-from batcher.request import Event, Request, RequestFailed, SegmentEnded
-from batcher.scheduler import Counters, Delivery, Policy, Scheduler
+from batcher.policy import Policy
+from batcher.request import Event, Priority, Request, RequestFailed, SegmentEnded
+from batcher.scheduler import Delivery, Scheduler
 
 Clock = Callable[[], float]
 """Seconds, never falling."""
@@ -32,6 +35,10 @@ class Stats:
     requests: int
     waiting: int
     rows: int
+    max_rows: int
+    """Rows that a forward pass may have now."""
+    parked: int
+    """Rows that have ended and of which samples are yet to be made."""
     slots_free: int
     work_seconds: float
     speed: float
@@ -93,6 +100,7 @@ class Runner:
         *,
         outbox_seconds: float = 4.0,
         clock: Clock = time.monotonic,
+        observer: Observer | None = None,
         on_error: Callable[[BaseException], None] = lambda error: None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
@@ -102,8 +110,11 @@ class Runner:
         thread itself fails: nothing will be spoken any more.
         """
         self.engine = engine
-        self.scheduler = Scheduler(engine.caps, policy)
-        self._window = max(int(outbox_seconds * engine.caps.sample_rate_hertz), engine.caps.samples_per_step)
+        self._observer = observer or Deaf()
+        self.scheduler = Scheduler(engine.caps, policy, self._observer)
+        # A block that does not fit would never be made.
+        block = policy.block_steps * engine.caps.samples_per_step
+        self._window = max(int(outbox_seconds * engine.caps.sample_rate_hertz), block)
         self._clock = clock
         self._on_error = on_error
         self._on_death = on_death
@@ -112,6 +123,8 @@ class Runner:
         self._stopping = False
         self._dead = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._expiry: asyncio.TimerHandle | None = None
+        self._expires_at = math.inf
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- the event loop's side ----------------------------------------------------------------------------------------
@@ -128,6 +141,8 @@ class Runner:
             self._changed.notify()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        if self._expiry is not None:
+            self._expiry.cancel()
         await asyncio.to_thread(self.engine.close)
 
     @asynccontextmanager
@@ -138,13 +153,16 @@ class Runner:
         max_rows: int,
         deadline: float | None = None,
         tenant: str = "",
+        priority: Priority = Priority.INTERACTIVE,
+        stream: bool = False,
         closed: bool = True,
         expected_steps: int = 0,
     ) -> AsyncIterator[Speaking]:
         """Speaks segments. Read its events until RequestEnded or RequestFailed; leaving earlier cancels.
 
-        `deadline`: on the runner's clock, in seconds. `closed`: these are all; otherwise more can be added, until it is
-        closed. `expected_steps`: of all its segments, also those still to come, as far as that is known.
+        `deadline`: on the runner's clock, in seconds. `stream`: it is listened to while it is spoken. `closed`: these
+        are all; otherwise more can be added, until it is closed. `expected_steps`: of all its segments, also those
+        still to come, as far as that is known.
 
         Raises:
             QueueFullError: too much work lies before the engine.
@@ -152,11 +170,13 @@ class Runner:
             StoppedError: the batcher has stopped.
         """
         outbox = Outbox(self._window, self._wake)
-        request = Request(segments, outbox, max_rows, deadline, tenant, closed, expected_steps)
+        request = Request(segments, outbox, max_rows, deadline, tenant, priority, stream, closed, expected_steps)
         with self._changed:
             if self._stopping:
                 raise StoppedError("stopping")
-            self.scheduler.submit(request, self._clock())
+            displaced = self.scheduler.submit(request, self._clock())
+        _put(displaced)
+        self._set_expiry()
         self._wake()
         try:
             yield Speaking(self, request, outbox)
@@ -187,12 +207,47 @@ class Runner:
         """What the batcher is doing now."""
         with self._changed:
             s = self.scheduler
-            return Stats(s.requests, s.waiting, s.rows, s.slots_free, s.work_seconds, s.speed, deepcopy(s.counters))
+            return Stats(
+                s.requests,
+                s.waiting,
+                s.rows,
+                s.max_rows,
+                s.parked,
+                s.slots_free,
+                s.work_seconds,
+                s.speed,
+                deepcopy(s.counters),
+            )
 
     def _wake(self) -> None:
         with self._changed:
             self._woken = True
             self._changed.notify()
+
+    def _set_expiry(self) -> None:
+        """Sees to it that deadlines are looked at when the next one is due, whatever the engine is doing."""
+        with self._changed:
+            expires_at = self.scheduler.next_expiry
+        if expires_at is None or expires_at >= self._expires_at:
+            return
+        if self._expiry is not None:
+            self._expiry.cancel()
+        assert self._loop is not None
+        self._expires_at = expires_at
+        self._expiry = self._loop.call_later(max(0.0, expires_at - self._clock()), self._expire)
+
+    def _expire(self) -> None:
+        self._expires_at = math.inf
+        try:
+            with self._changed:
+                expired = self.scheduler.expire(self._clock())
+        except Exception as error:
+            self._die(error)
+            return
+        _put(expired)
+        if expired:
+            self._wake()
+        self._set_expiry()
 
     # -- the engine's thread ------------------------------------------------------------------------------------------
 
@@ -201,9 +256,7 @@ class Runner:
             while not self._stopping:
                 self._step()
         except BaseException as error:
-            self._on_error(error)
-            self._dead = True
-            self._call_loop(self._on_death)
+            self._die(error)
         finally:
             with self._changed:
                 self._stopping = True
@@ -214,28 +267,31 @@ class Runner:
         """One tick: plan, run, deliver. With nothing to do, a rest."""
         with self._changed:
             self._woken = False
-            ends = self.scheduler.complete() + self.scheduler.expire(self._clock())
+            ends = self.scheduler.complete()
             plan = self.scheduler.plan(self._clock())
             idle = plan.empty and not self.scheduler.waits_for_report
-        self._deliver(ends)
         if idle:
+            self._deliver(ends)
             self._rest()
             return
         outcome = self._run_engine(plan)
         with self._changed:
-            deliveries = outcome()
-        self._deliver(deliveries)
+            deliveries = outcome(self._clock())
+        self._deliver(ends + deliveries)
 
-    def _run_engine(self, plan: Plan) -> Callable[[], list[Delivery]]:
-        """Lets the engine do the plan, and answers how the scheduler is to take what came of it."""
+    def _run_engine(self, plan: Plan) -> Callable[[float], list[Delivery]]:
+        """Lets the engine do the plan, and answers how the scheduler is to take what came of it, at what time."""
+        began = self._clock()
         try:
-            return partial(self.scheduler.apply, self.engine.run(plan))
+            report = self.engine.run(plan)
         except EngineOutOfMemoryError as error:
             self._on_error(error)
             return partial(self.scheduler.out_of_memory, plan)
         except Exception as error:
             self._on_error(error)
-            return self.scheduler.engine_failed
+            return lambda now: self.scheduler.engine_failed(plan)
+        self._observer.tick(self._clock() - began, self.scheduler.rows)
+        return partial(self.scheduler.apply, report)
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         """Hands a tick's events to the event loop, all at once."""
@@ -243,11 +299,19 @@ class Runner:
             self._call_loop(partial(_put, deliveries))
 
     def _rest(self) -> None:
-        """Waits until something changes or a deadline passes."""
+        """Waits until something changes, or a plan is due all the same."""
         with self._changed:
-            deadline = self.scheduler.next_deadline
-            timeout = None if deadline is None else max(0.0, deadline - self._clock())
+            wakes_at = self.scheduler.wakes_at
+            timeout = None if wakes_at is None else max(0.0, wakes_at - self._clock())
             self._changed.wait_for(lambda: self._woken or self._stopping, timeout)
+
+    def _die(self, error: BaseException) -> None:
+        """Something of ours has failed: nothing will be spoken any more."""
+        self._on_error(error)
+        with self._changed:
+            self._dead = self._stopping = True
+            self._changed.notify()
+        self._call_loop(self._on_death)
 
     def _call_loop(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None

@@ -1,105 +1,107 @@
 """Decides what the engine does next. Pure: no clock, no thread, no model; time is an argument.
 
-The first policy: rows join free slots in the order of their requests, each tick advances all rows by as many steps as
-fit its time, and a request's rows are vocoded in their order as far as its reader has credit.
+Rows join free slots in the order in which they are due (`due.py`), all rows advance together by as many steps as fit a
+tick, and a request's rows are vocoded in their order as far as its reader has credit.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
+from batcher.admission import Admission
+from batcher.blocks import Blocks
+from batcher.ceiling import Ceiling
+from batcher.counters import Counters, Deaf, Observer
+from batcher.due import DueDates
 from batcher.engine import Caps, EndReason, Join, Pcm, Plan, Report, RowRef, RowReport, Segment, Vocode
 from batcher.errors import (
     BatcherError,
     DeadlinePassedError,
     DeadlineUnreachableError,
     EngineFailedError,
+    FirstAudioUnreachableError,
     QueueFullError,
     RowFailedError,
 )
-from batcher.grouping import group_by_length
-from batcher.queue import WaitingQueue
-from batcher.request import Audio, Event, Request, RequestEnded, RequestFailed, Row, SegmentEnded
+from batcher.estimate import Estimator
+from batcher.grouping import group_by_length, padding
+from batcher.policy import Mode, Policy
+from batcher.request import (
+    NEVER,
+    Audio,
+    Event,
+    Priority,
+    Request,
+    RequestEnded,
+    RequestFailed,
+    Row,
+    SegmentEnded,
+)
+from batcher.slots import Slots
+from batcher.static import StaticBatches
+from batcher.waiting import Waiting
+from batcher.work import Work
 
 BYTES_PER_SAMPLE = 2
+
+AUDIBLE_SECONDS = 0.001
+"""A shorter gap is none."""
+
+INTERACTIVE_ONLY = (Priority.INTERACTIVE,)
+EVERYBODY = (Priority.INTERACTIVE, Priority.BATCH)
 
 Delivery = tuple[Request, Event]
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What the scheduler is allowed. Times are in seconds."""
-
-    max_waiting: int = 1000
-    """Requests that wait for a slot."""
-    max_delay: float = 2.0
-    """Work that may lie before the engine."""
-    tick_seconds: float = 0.008
-    """What the steps of one tick should take."""
-    max_steps_per_tick: int = 32
-    prefill_tokens: int = 4096
-    """Prompt tokens that may join in one tick."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What has happened since the start. Only ever grows, but for `cancel_ticks_max`, which is a maximum."""
-
-    ticks: int = 0
-    steps: int = 0
-    row_steps: int = 0
-    joins: int = 0
-    samples: int = 0
-    """Samples made for readers."""
-    submitted: int = 0
-    completed: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    expired: int = 0
-    engine_failures: int = 0
-    stale_reports: int = 0
-    """Reports of rows that had left: dropped."""
-    cancel_ticks_max: int = 0
-    """Ticks that began between a cancel and the plan that freed its slots."""
-    refused: dict[str, int] = field(default_factory=lambda: {"full": 0, "late": 0})
-
-
 class Scheduler:
-    """The rows, the slots and the queue. Not thread-safe: its owner serialises the calls."""
+    """The rows, the slots and the queue. Not thread-safe: its owner serialises the calls. Times are in seconds."""
 
-    def __init__(self, caps: Caps, policy: Policy) -> None:
+    def __init__(self, caps: Caps, policy: Policy, observer: Observer | None = None) -> None:
         self.caps = caps
         self.policy = policy
         self.counters = Counters()
-        self._queue = WaitingQueue()
+        self._observer = observer or Deaf()
+        self._estimator = Estimator(caps)
+        self._blocks = Blocks(policy.first_block_steps, policy.block_steps)
+        self._ceiling = Ceiling(caps, policy)
+        self._slots = Slots(caps.slots)
+        self._work = Work()
+        self._due = DueDates(caps, policy, self._work)
+        self._admission = Admission(caps, policy, self._work)
+        self._waiting = Waiting()
+        self._static = StaticBatches(policy) if policy.mode is Mode.STATIC else None
         self._requests: set[Request] = set()
         self._rows: dict[int, Row] = {}
+        """All that the engine knows."""
         self._running: dict[int, Row] = {}
+        """Those that hold a slot."""
+        self._opening: dict[Row, None] = {}
+        """Those of streams whose first block is not asked for yet."""
+        self._batch_running = 0
         self._leaving: list[tuple[RowRef, int]] = []
         self._closed: list[Request] = []
-        self._row_ids = itertools.count()
-        self._free_slots = list(range(caps.slots - 1, -1, -1))
-        self._seated: dict[int, RowRef] = {}
-        self._generations = [0] * caps.slots
-        self._work_steps = 0
+        self._ends: list[tuple[float, int, Request]] = []
+        """A heap of the moments at which requests are given up."""
+        self._numbers = itertools.count()
+        self._speed = self._admission.speed(self._ceiling.rows)
 
     # -- what a tick is made of ---------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> Plan:
-        """The next tick: who leaves, who joins, how far to step, what to vocode."""
+        """The next tick: who leaves, who joins, whose samples are made, how far all step."""
+        self._recover(now)
         leaves = self._leave()
         joins = self._join(now)
         vocode = self._vocode()
-        steps = self._steps() if self._running else 0
+        steps = self._steps()
         self.counters.ticks += 1
         self.counters.steps += steps
         self.counters.row_steps += steps * len(self._running)
         return Plan(leaves, joins, steps, vocode)
 
-    def apply(self, report: Report) -> list[Delivery]:
+    def apply(self, report: Report, now: float) -> list[Delivery]:
         """Takes in what a tick did, and says what to deliver."""
         deliveries: list[Delivery] = []
         for row_report in report.rows:
@@ -107,7 +109,7 @@ class Scheduler:
             if row is None or row.ref != row_report.ref:
                 self.counters.stale_reports += 1
                 continue
-            deliveries += self._apply_row(row, row_report)
+            deliveries += self._apply_row(row, row_report, now)
         return deliveries
 
     def complete(self) -> list[Delivery]:
@@ -117,33 +119,48 @@ class Scheduler:
         return [(request, self._finish(request)) for request in ended]
 
     def expire(self, now: float) -> list[Delivery]:
-        """Ends the requests whose deadline has passed."""
-        late = [r for r in self._requests if r.deadline is not None and r.deadline <= now]
-        self.counters.expired += len(late)
-        return self._fail(late, DeadlinePassedError("the deadline passed"))
+        """Ends the requests whose deadline has passed, and those that wait and can no more be in time."""
+        deliveries: list[Delivery] = []
+        while self._ends and self._ends[0][0] <= now:
+            _, _, request = heapq.heappop(self._ends)
+            if request.over:
+                continue
+            if request.deadline is not None and request.deadline <= now:
+                self._count_expired(request)
+                deliveries += self._fail(request, DeadlinePassedError("the deadline passed"))
+            elif request.first_join is None:
+                deliveries += self._fail(request, self._hopeless(request, now))
+            elif request.deadline is not None:
+                self._give_up_at(request, request.deadline)
+        return deliveries
 
     # -- requests come and go -----------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, now: float) -> None:
-        """Admits a request.
+    def submit(self, request: Request, now: float) -> list[Delivery]:
+        """Admits a request. Says what to deliver to those who are refused in its stead.
 
         Raises:
             QueueFullError: too much work lies before the engine.
             DeadlineUnreachableError: the work would be done too late.
         """
-        request.rows = [Row(request, segment, self.caps.predict(segment)) for segment in request.segments]
         request.arrived = now
-        self._check_room(request)
-        self._check_deadline(request, now)
+        request.later.extend(self._make_rows(request, request.segments))
+        request.segments = ()
+        rows = self._release(request)
+        deliveries = self._admit(request, now)
         self.counters.submitted += 1
         self._requests.add(request)
-        self._release_rows(request)
+        for row in rows:
+            self._work.wait(row)
+        self._queue(request)
+        self._give_up_at(request, self._last_chance(request))
+        return deliveries
 
     def extend(self, request: Request, segments: Sequence[Segment]) -> None:
         """Adds segments to an open request."""
         if not request.over:
-            request.rows += [Row(request, segment, self.caps.predict(segment)) for segment in segments]
-            self._release_rows(request)
+            request.later.extend(self._make_rows(request, segments))
+            self._release_more(request)
 
     def close(self, request: Request) -> None:
         """Says that an open request is complete."""
@@ -157,33 +174,51 @@ class Scheduler:
             self.counters.cancelled += 1
             self._forget(request)
 
+    # -- the engine fails ---------------------------------------------------------------------------------------------
+
     def fail_all(self, error: BatcherError) -> list[Delivery]:
         """Ends every request. The engine has no rows any more, so nobody need leave it."""
-        deliveries = self._fail(list(self._requests), error)
-        for ref, _ in self._leaving:
-            self._free_slot(ref)
-        self._leaving.clear()
+        deliveries = [delivery for request in list(self._requests) for delivery in self._fail(request, error)]
+        self._free_leaving()
         return deliveries
 
-    def engine_failed(self) -> list[Delivery]:
-        """Ends every request, for the engine has failed and forgotten all rows."""
-        self.counters.engine_failures += 1
-        return self.fail_all(EngineFailedError("the engine failed"))
+    def engine_failed(self, plan: Plan) -> list[Delivery]:
+        """The engine has failed and forgotten all rows. Those of which nothing was heard yet begin anew.
 
-    def out_of_memory(self, plan: Plan) -> list[Delivery]:
-        """Takes back a plan of which nothing was done.
-
-        What asked for the memory ends: the requests that joined, else the newest.
+        To blame are those that had just joined, or all if nobody had.
         """
         self.counters.engine_failures += 1
+        joined = {join.ref.row for group in plan.joins for join in group} & self._rows.keys()
+        lost = [(row, not joined or number in joined) for number, row in self._rows.items()]
+        for row, _ in lost:
+            self._free(row)
+        self._free_leaving()
+        error = EngineFailedError("the engine failed")
+        return [delivery for row, blamed in lost for delivery in self._try_again(row, blamed, error)]
+
+    def out_of_memory(self, plan: Plan, now: float) -> list[Delivery]:
+        """Takes back a plan of which nothing was done, and asks for less from now on.
+
+        Who joined is put back. If nobody did, fewer rows are vocoded at once; if it was not that, the newest leaves.
+        """
+        self.counters.out_of_memory += 1
         self._leaving += [(ref, self.counters.ticks) for ref in plan.leaves]
         for vocode in plan.vocode:
             if row := self._rows.get(vocode.ref.row):
                 row.vocode_asked = row.vocoded
-        joined = [join.ref.row for group in plan.joins for join in group]
-        asked = joined or sorted(self._rows)[-1:]
-        requests = {self._rows[row].request for row in asked if row in self._rows}
-        return self._fail(requests, EngineFailedError("out of memory"))
+                self._set_vocode_at(row)
+        if plan.joins:
+            joined = [row for group in plan.joins for join in group if (row := self._rows.get(join.ref.row))]
+            for row in joined:
+                self._free(row)
+            return self._shrink(joined, now)
+        if len(plan.vocode) > 1:
+            self._ceiling.lower_vocode(now)
+            return []
+        newest = list(self._rows.values())[-1:]
+        for row in newest:
+            self._leave_soon(row)
+        return self._shrink(newest, now)
 
     # -- what is seen from outside ------------------------------------------------------------------------------------
 
@@ -200,7 +235,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot."""
-        return len(self._queue)
+        return len(self._waiting)
 
     @property
     def rows(self) -> int:
@@ -208,135 +243,227 @@ class Scheduler:
         return len(self._running)
 
     @property
-    def slots_free(self) -> int:
-        """Slots that a row could join now."""
-        return len(self._free_slots)
+    def parked(self) -> int:
+        """Rows that have ended and of which samples are yet to be made."""
+        return len(self._rows) - len(self._running)
 
     @property
-    def next_deadline(self) -> float | None:
-        """When `expire` next has something to do."""
-        return min((r.deadline for r in self._requests if r.deadline is not None), default=None)
+    def max_rows(self) -> int:
+        """Rows that a forward pass may have now: fewer than the engine's own after it ran out of memory."""
+        return self._ceiling.rows
+
+    @property
+    def slots_free(self) -> int:
+        """Slots that a row could join now."""
+        return self._slots.free
+
+    @property
+    def next_expiry(self) -> float | None:
+        """When `expire` next has something to look at."""
+        while self._ends and self._ends[0][2].over:
+            heapq.heappop(self._ends)
+        return self._ends[0][0] if self._ends else None
+
+    @property
+    def wakes_at(self) -> float | None:
+        """When a plan should be made although nothing has changed."""
+        return self._static.complete_at if self._static and self._waiting else None
 
     @property
     def work_seconds(self) -> float:
         """Predicted seconds of audio that rows in flight and rows ready to join still need."""
-        return self._work_steps / self.caps.steps_per_second
+        return self._work.steps / self.caps.steps_per_second
 
     @property
     def speed(self) -> float:
         """Seconds of audio a second that a full batch makes."""
-        step = self.caps.step_seconds(self.caps.max_rows)
-        return self.caps.max_rows / (step * self.caps.steps_per_second) if step > 0 else math.inf
+        return self._speed
 
     # -- plan ---------------------------------------------------------------------------------------------------------
 
+    def _recover(self, now: float) -> None:
+        self._ceiling.recover(now)
+        self._speed = self._admission.speed(self._ceiling.rows)
+
     def _leave(self) -> tuple[RowRef, ...]:
-        for ref, asked_at in self._leaving:
-            self.counters.cancel_ticks_max = max(self.counters.cancel_ticks_max, self.counters.ticks - asked_at)
-            self._free_slot(ref)
         leaves = tuple(ref for ref, _ in self._leaving)
-        self._leaving.clear()
+        self._free_leaving()
         return leaves
 
     def _join(self, now: float) -> tuple[tuple[Join, ...], ...]:
-        room = min(len(self._free_slots), self.caps.max_rows - len(self._running))
-        groups = group_by_length(self._queue.take(room, self.policy.prefill_tokens))
-        return tuple(tuple(self._seat(row, now) for row in group) for group in groups)
+        groups = group_by_length(self._choose(now))
+        self.counters.prefill_padding += sum(map(padding, groups))
+        return tuple(tuple(Join(row.ref, row.segment) for row in group if row.ref) for group in groups)
 
-    def _seat(self, row: Row, now: float) -> Join:
-        slot = self._free_slots.pop()
-        self._generations[slot] += 1
-        row.ref = self._seated[slot] = RowRef(next(self._row_ids), slot, self._generations[slot])
+    def _choose(self, now: float) -> list[Row]:
+        """Seats the rows that are due first, as far as there are slots and prompt tokens; at least one if any fits."""
+        if self._static is not None:
+            return self._choose_static(self._static, now)
+        rows: list[Row] = []
+        tokens = 0
+        while self._room() > 0 and (first := self._waiting.first(self._admitted())) is not None:
+            due, request = first
+            row = request.next_row
+            assert row is not None
+            tokens += row.prediction.prompt_tokens
+            # What may have brought the engine down before is tried by itself.
+            if rows and (tokens > self._ceiling.prefill_tokens or row.attempts or rows[-1].attempts):
+                break
+            self._seat(row, due, now)
+            rows.append(row)
+        return rows
+
+    def _choose_static(self, batches: StaticBatches, now: float) -> list[Row]:
+        """Seats a batch of similar rows, once it is complete and nobody runs."""
+        if self._running:
+            return []
+        chosen = batches.choose(self._waiting, min(self._slots.free, self._ceiling.rows), now)
+        return [self._seat(row, due, now) for due, row in chosen]
+
+    def _room(self) -> int:
+        return min(self._slots.free, self._ceiling.rows - len(self._running))
+
+    def _admitted(self) -> Sequence[Priority]:
+        """The classes that may take a slot: batch work leaves some to interactive work."""
+        kept = int(self.policy.interactive_share * self._ceiling.rows)
+        return EVERYBODY if self._batch_running < max(1, self._ceiling.rows - kept) else INTERACTIVE_ONLY
+
+    def _seat(self, row: Row, due: float, now: float) -> Row:
+        request = row.request
+        self._count_dispatch(request, row, due, now)
+        self._work.start(row)
+        row.ref = self._slots.seat()
         self._rows[row.ref.row] = self._running[row.ref.row] = row
-        self.counters.joins += 1
-        if row.request.first_join is None:
-            row.request.first_join = now
-        return Join(row.ref, row.segment)
+        self._batch_running += request.priority is Priority.BATCH
+        if request.first_join is None:
+            request.first_join = now
+        self._waiting.discard(request)
+        self._queue(request)
+        self._set_vocode_at(row)
+        if request.stream and row is request.head:
+            self._opening[row] = None
+        return row
 
     def _vocode(self) -> tuple[Vocode, ...]:
-        heads = (row for row in self._rows.values() if row is row.request.rows[row.request.head])
-        ready = ((row, self._vocode_to(row)) for row in heads)
-        asks = list(itertools.islice(((row, to) for row, to in ready if to > row.vocode_asked), self.caps.max_vocode))
-        return tuple(self._ask(row, to_step) for row, to_step in asks)
+        """Blocks of samples that are final and that readers have credit for, the most urgent first."""
+        ready = [row for row in self._rows.values() if row.steps_done >= row.vocode_at]
+        if len(ready) > self._ceiling.vocode:
+            ready.sort(key=lambda row: self._due.audio(row.request))
+        asks = ((row, to_step) for row in ready if (to_step := self._vocode_to(row)) > row.vocode_asked)
+        return tuple(self._ask(row, to_step) for row, to_step in itertools.islice(asks, self._ceiling.vocode))
+
+    def _vocode_to(self, row: Row) -> int:
+        """The end of the last block that is final and that the reader has credit for."""
+        request = row.request
+        wanted = row.steps_done if row.ended else self._blocks.last(row.steps_done - self.caps.lookahead_steps)
+        # Set before the credit is read: a reader that takes audio after this reading sees it and wakes us.
+        request.reader.starved = True
+        allowed = (request.reader.samples - request.segment_start) // self.caps.samples_per_step
+        if wanted <= allowed:
+            request.reader.starved = False
+            return wanted
+        request.held_back = True
+        return self._blocks.last(allowed)
 
     def _ask(self, row: Row, to_step: int) -> Vocode:
         assert row.ref is not None
         row.vocode_asked = to_step
-        # To the back: where not all can be vocoded in one tick, all have their turn.
-        self._rows[row.ref.row] = self._rows.pop(row.ref.row)
+        self._opening.pop(row, None)
+        self._set_vocode_at(row)
         return Vocode(row.ref, to_step)
 
-    def _vocode_to(self, row: Row) -> int:
-        """As far as the row's samples are final and its reader has credit."""
-        wanted = row.vocodable_to(self.caps.lookahead_steps)
-        if wanted <= row.vocode_asked:
-            return row.vocode_asked
-        request = row.request
-        # Set before the credit is read: a reader that takes audio after this reading sees it and wakes us.
-        request.reader.starved = True
-        allowed = (request.reader.samples - request.samples) // self.caps.samples_per_step
-        if wanted <= allowed:
-            request.reader.starved = False
-        return min(wanted, allowed)
+    def _set_vocode_at(self, row: Row) -> None:
+        """Notes how far a row must come for its next block. Only a request's first unfinished row has a next one."""
+        if row is not row.request.head:
+            row.vocode_at = NEVER
+        elif row.ended:
+            row.vocode_at = 0 if row.vocode_asked < row.steps_done else NEVER
+        else:
+            row.vocode_at = self._blocks.after(row.vocode_asked) + self.caps.lookahead_steps
 
     def _steps(self) -> int:
+        """As many as fit a tick, but none beyond those that a stream's first samples wait for."""
+        if not self._running:
+            return 0
         seconds = self.caps.step_seconds(len(self._running))
-        affordable = int(self.policy.tick_seconds / seconds) if seconds > 0 else self.policy.max_steps_per_tick
-        return max(1, min(affordable, self.policy.max_steps_per_tick))
+        most = self.policy.max_steps_per_tick
+        steps = min(most, int(self.policy.tick_seconds / seconds)) if seconds > 0 else most
+        first_audio = min((row.vocode_at - row.steps_done for row in self._opening), default=most)
+        return max(1, min(steps, first_audio))
 
     # -- apply --------------------------------------------------------------------------------------------------------
 
-    def _apply_row(self, row: Row, report: RowReport) -> list[Delivery]:
+    def _apply_row(self, row: Row, report: RowReport, now: float) -> list[Delivery]:
         if report.error is not None:
-            assert row.ref is not None
-            self._drop_row(row.ref)
-            self._free_slot(row.ref)
-            return self._fail([row.request], RowFailedError(report.error))
+            self._free(row)
+            return self._fail(row.request, RowFailedError(report.error))
         if report.steps_done > row.steps_done:
-            self._set_work(row, max(row.work_steps - (report.steps_done - row.steps_done), 0))
+            self._work.progress(row, report.steps_done - row.steps_done)
             row.steps_done = report.steps_done
         if report.ended is not None:
             self._end_row(row, report.ended)
-        deliveries = self._deliver(row, report.pcm) if report.pcm is not None else []
+        deliveries = self._deliver(row, report.pcm, now) if report.pcm is not None else []
         if row.finished and not row.request.over:
             deliveries += self._advance(row.request)
         return deliveries
 
     def _end_row(self, row: Row, reason: EndReason) -> None:
-        assert row.ref is not None
         row.ended = reason
         row.request.cut |= reason is EndReason.LENGTH
-        self._set_work(row, 0)
-        del self._running[row.ref.row]
-        self._free_slot(row.ref)
+        if reason is EndReason.COMPLETE:
+            self._estimator.learn(row.segment, row.steps_done)
+        self._work.drop(row)
+        self._unseat(row)
+        assert row.ref is not None
+        self._slots.release(row.ref)
+        self._set_vocode_at(row)
 
-    def _deliver(self, row: Row, pcm: Pcm) -> list[Delivery]:
+    def _deliver(self, row: Row, pcm: Pcm, now: float) -> list[Delivery]:
         """A row's samples become the request's next ones. With a gap they would be wrong: then the request fails."""
         request = row.request
-        if row is not request.rows[request.head] or pcm.start_sample != row.samples:
-            return self._fail([request], RowFailedError("the engine's samples have a gap"))
-        audio = Audio(pcm.data, request.samples + row.samples)
+        if row is not request.head or pcm.start_sample != row.samples:
+            return self._fail(request, RowFailedError("the engine's samples have a gap"))
+        audio = Audio(pcm.data, request.samples)
         samples = len(pcm.data) // BYTES_PER_SAMPLE
+        self._watch_playback(request, now)
         row.samples += samples
+        request.samples += samples
         self.counters.samples += samples
         row.vocoded = pcm.to_step
         return [(request, audio)]
 
+    def _watch_playback(self, request: Request, now: float) -> None:
+        """Notes when a listener begins to hear, and every gap since. A slow reader's own pauses are none."""
+        if request.playback_started is None:
+            request.playback_started = now
+            if request.stream:
+                self._observer.first_audio(now - request.arrived)
+                self._queue_anew(request)
+            return
+        gap = now - request.playback_started - request.samples / self.caps.sample_rate_hertz
+        if gap > AUDIBLE_SECONDS:
+            request.playback_started += gap
+            if request.stream and not request.held_back:
+                self.counters.underruns += 1
+                self._observer.underrun(gap)
+        request.held_back = False
+
     def _advance(self, request: Request) -> list[Delivery]:
         """Moves past the rows at the head of which nothing more will come."""
         deliveries: list[Delivery] = []
-        while request.head < len(request.rows) and request.rows[request.head].finished:
-            row = request.rows[request.head]
-            end = request.samples + row.samples
-            deliveries.append((request, SegmentEnded(request.head, request.samples, end)))
-            request.samples = end
-            request.head += 1
+        while (row := request.head) is not None and row.finished:
+            request.current.popleft()
+            deliveries.append((request, SegmentEnded(request.index, request.segment_start, request.samples)))
+            request.index += 1
+            request.segment_start = request.samples
             if row.ref is not None:
                 del self._rows[row.ref.row]
         if request.delivered:
             deliveries.append((request, self._finish(request)))
-        else:
-            self._release_rows(request)
+            return deliveries
+        if request.head is not None and request.head.ref is not None:
+            self._set_vocode_at(request.head)
+        self._release_more(request)
         return deliveries
 
     def _finish(self, request: Request) -> RequestEnded:
@@ -347,66 +474,187 @@ class Scheduler:
 
     # -- admission ----------------------------------------------------------------------------------------------------
 
-    def _check_room(self, request: Request) -> None:
-        work, speed = self.work_seconds, self.speed
-        steps = sum(row.prediction.steps_p50 for row in request.rows[: request.max_rows])
-        estimate = steps / self.caps.steps_per_second
-        room = speed * self.policy.max_delay
-        # An idle engine takes anything, or a request larger than the room would never be served.
-        if (work > 0 and work + estimate > room) or self.waiting >= self.policy.max_waiting:
-            self.counters.refused["full"] += 1
-            delay = (work + estimate - room) / speed if math.isfinite(speed) else 0.0
-            raise QueueFullError(max(delay, self.policy.tick_seconds))
+    def _admit(self, request: Request, now: float) -> list[Delivery]:
+        """Checks the bounds. Who has less than its share comes in, in the stead of the greediest tenant's newest."""
+        try:
+            if len(self._waiting) >= self.policy.max_waiting or self.parked >= self.policy.max_parked:
+                raise QueueFullError(self.policy.tick_seconds)
+            delay = self._admission.delay(request, self._speed)
+            victims = self._victims(request, delay) if delay else []
+            self._admission.check_in_time(request, now, self._wait(request), len(self._running))
+        except BatcherError as refusal:
+            self.counters.refused[_REFUSALS[type(refusal)]] += 1
+            raise
+        self.counters.refused["displaced"] += len(victims)
+        return [delivery for victim in victims for delivery in self._fail(victim, QueueFullError(delay))]
 
-    def _check_deadline(self, request: Request, now: float) -> None:
-        if request.deadline is None:
-            return
-        steps = [row.prediction.steps_p50 for row in request.rows]
-        own_steps = max(max(steps), max(sum(steps), request.expected_steps) / request.max_rows)
-        own = own_steps * self.caps.step_seconds(min(len(self._running) + len(steps), self.caps.max_rows))
-        if now + self.work_seconds / self.speed + own > request.deadline:
-            self.counters.refused["late"] += 1
-            raise DeadlineUnreachableError("the deadline cannot be met")
+    def _victims(self, request: Request, delay: float) -> list[Request]:
+        """Who must go to make room for a request.
 
-    def _release_rows(self, request: Request) -> None:
-        """Lets the rows join that the request may have in flight now, and counts their work."""
-        limit = min(len(request.rows), request.head + request.max_rows)
-        for row in request.rows[request.released : limit]:
-            self._set_work(row, row.prediction.steps_p50)
-        request.released = limit
-        self._queue.add(request)
+        Raises:
+            QueueFullError: nobody need, and so the request must.
+        """
+        victims: list[Request] = []
+        freed = 0
+        greedy = self._admission.greediest(request.tenant)
+        for victim in self._waiting.newest_fresh(greedy) if greedy is not None else ():
+            victims.append(victim)
+            freed += sum(row.work_steps for row in victim.current)
+            if not self._admission.delay(request, self._speed, freed):
+                return victims
+        raise QueueFullError(delay)
+
+    def _wait(self, request: Request) -> float:
+        """Seconds until a newcomer's first row joins."""
+        if len(self._waiting) < self._room():
+            return 0.0
+        return self._admission.wait(request.priority, len(self._running), self._speed)
+
+    def _last_chance(self, request: Request) -> float | None:
+        """When a request that still waits is given up."""
+        chances = []
+        if request.deadline is not None:
+            chances.append(request.deadline - self._admission.own_seconds(request, len(self._running)))
+        if request.stream:
+            chances.append(request.arrived + self.policy.first_audio_limit)
+        return min(chances, default=None)
+
+    def _hopeless(self, request: Request, now: float) -> BatcherError:
+        if request.stream and request.arrived + self.policy.first_audio_limit <= now:
+            self.counters.refused["first_audio"] += 1
+            return FirstAudioUnreachableError(self._wait(request))
+        self._count_expired(request)
+        return DeadlineUnreachableError("the deadline can no more be met")
+
+    def _give_up_at(self, request: Request, moment: float | None) -> None:
+        if moment is not None:
+            heapq.heappush(self._ends, (moment, next(self._numbers), request))
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def _make_rows(self, request: Request, segments: Sequence[Segment]) -> list[Row]:
+        return [Row(request, segment, self._estimator.predict(segment)) for segment in segments]
+
+    def _release(self, request: Request) -> list[Row]:
+        """Lets the rows wait that the request may have in flight now."""
+        rows = []
+        while request.later and len(request.current) < request.max_rows:
+            rows.append(request.later.popleft())
+            request.current.append(rows[-1])
+        return rows
+
+    def _release_more(self, request: Request) -> None:
+        for row in self._release(request):
+            self._work.wait(row)
+        self._queue(request)
+
+    def _queue(self, request: Request) -> None:
+        """Puts a request among those who wait, if it has a row that could join and is not there already."""
+        row = request.next_row
+        if row is not None and request not in self._waiting:
+            self._waiting.add(request, self._due.join(request, row, self._speed))
+
+    def _shrink(self, rows: Sequence[Row], now: float) -> list[Delivery]:
+        """Puts rows back that found no memory, and lets no more run than still do. To blame is who was alone."""
+        blamed = not self._running and len(rows) == 1
+        self._ceiling.lower_rows(len(self._running), now)
+        error = EngineFailedError("out of memory")
+        return [delivery for row in rows for delivery in self._try_again(row, blamed, error)]
+
+    def _try_again(self, row: Row, blamed: bool, error: EngineFailedError) -> list[Delivery]:
+        """Lets a row that the engine has lost begin anew, unless some of it was heard or it was tried too often."""
+        request = row.request
+        if request.over:
+            return []
+        row.attempts += blamed
+        if row.samples or row.attempts >= self.policy.max_attempts:
+            return self._fail(request, error)
+        self.counters.put_back += 1
+        self._work.drop(row)
+        row.reset()
+        self._work.wait(row)
+        self._waiting.discard(request)
+        self._queue(request)
+        return []
+
+    def _queue_anew(self, request: Request) -> None:
+        """Finds a waiting request its place again, since its rows are due at another moment."""
+        if request in self._waiting:
+            self._waiting.discard(request)
+            self._queue(request)
+
+    def _free(self, row: Row) -> None:
+        """The engine has forgotten a row: its slot is free."""
+        assert row.ref is not None
+        self._unseat(row)
+        self._rows.pop(row.ref.row, None)
+        self._slots.release(row.ref)
+
+    def _leave_soon(self, row: Row) -> None:
+        """A row leaves with the next plan, and its slot is free then."""
+        assert row.ref is not None
+        self._unseat(row)
+        self._rows.pop(row.ref.row, None)
+        self._leaving.append((row.ref, self.counters.ticks))
+
+    def _unseat(self, row: Row) -> None:
+        """A row runs no more."""
+        assert row.ref is not None
+        self._opening.pop(row, None)
+        if self._running.pop(row.ref.row, None) is not None:
+            self._batch_running -= row.request.priority is Priority.BATCH
+
+    def _free_leaving(self) -> None:
+        for ref, asked_at in self._leaving:
+            self.counters.cancel_ticks_max = max(self.counters.cancel_ticks_max, self.counters.ticks - asked_at)
+            self._slots.release(ref)
+        self._leaving.clear()
 
     # -- endings ------------------------------------------------------------------------------------------------------
 
-    def _fail(self, requests: Iterable[Request], error: BatcherError) -> list[Delivery]:
-        deliveries: list[Delivery] = []
-        for request in requests:
-            self.counters.failed += 1
-            self._forget(request)
-            deliveries.append((request, RequestFailed(error)))
-        return deliveries
+    def _fail(self, request: Request, error: BatcherError) -> list[Delivery]:
+        self.counters.failed += 1
+        self._forget(request)
+        return [(request, RequestFailed(error))]
 
     def _forget(self, request: Request) -> None:
         """Takes a request out of everything. What the engine holds of it leaves with the next plan."""
         request.over = True
         self._requests.discard(request)
-        self._queue.discard(request)
-        for row in request.rows[: request.released]:
-            self._set_work(row, 0)
+        self._waiting.discard(request)
+        for row in request.current:
+            self._work.drop(row)
             if row.ref is not None and row.ref.row in self._rows:
-                self._drop_row(row.ref)
-                self._leaving.append((row.ref, self.counters.ticks))
+                self.counters.dropped_steps += row.steps_done
+                self._leave_soon(row)
+        request.current.clear()
+        request.later.clear()
 
-    def _drop_row(self, ref: RowRef) -> None:
-        self._rows.pop(ref.row, None)
-        self._running.pop(ref.row, None)
+    # -- counts -------------------------------------------------------------------------------------------------------
 
-    def _free_slot(self, ref: RowRef) -> None:
-        """Gives a slot back, unless its occupant did so before."""
-        if self._seated.get(ref.slot) == ref:
-            del self._seated[ref.slot]
-            self._free_slots.append(ref.slot)
+    def _count_dispatch(self, request: Request, row: Row, due: float, now: float) -> None:
+        self.counters.joins += 1
+        self.counters.prefill_tokens += row.prediction.prompt_tokens
+        if request.priority is Priority.BATCH:
+            reason = "batch"
+        elif request.stream and request.first_join is None:
+            reason = "first_audio"
+        elif due <= now:
+            reason = "underrun" if request.stream else "overdue"
+        else:
+            reason = "turn"
+        self.counters.dispatched[reason] += 1
 
-    def _set_work(self, row: Row, steps: int) -> None:
-        self._work_steps += steps - row.work_steps
-        row.work_steps = steps
+    def _count_expired(self, request: Request) -> None:
+        if request.first_join is None:
+            self.counters.expired_waiting += 1
+        else:
+            self.counters.expired_running += 1
+
+
+_REFUSALS: Mapping[type[BatcherError], str] = {
+    QueueFullError: "full",
+    FirstAudioUnreachableError: "first_audio",
+    DeadlineUnreachableError: "late",
+}
+"""What counters call a refusal."""

@@ -18,7 +18,7 @@ import grpc.aio
 from common import metrics
 from common.errors import ChorusError, Internal, ResourceExhausted, Unimplemented, abort, quoted
 from common.logs import logger
-from common.metadata import REQUEST_ID, Metadata, as_metadata, request_id
+from common.metadata import REQUEST_ID, Metadata, Priority, as_metadata, priority, request_id
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -43,6 +43,7 @@ class Call:
     def __init__(self, method: str, request_id: str) -> None:
         self.method = method
         self.tenant = ""
+        self.priority: Priority = "interactive"
         self.request_id = request_id
         self.arrived = time.monotonic()
         self.facts: dict[str, Any] = {}
@@ -98,6 +99,7 @@ class CallFrame(grpc.aio.ServerInterceptor):
             async with self._told(call, context):
                 self._check_room()
                 call.tenant = self._identify(metadata, context.peer())
+                call.priority = priority(metadata)
                 yield
         finally:
             self._active -= 1

@@ -5,14 +5,19 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable
+from typing import Literal, TypeAlias, cast, get_args
+
+from common.errors import InvalidArgument, Violation
 
 REQUEST_ID = "x-request-id"
 INTERNAL_PREFIX = "x-chorus-internal-"
 """Said by gateways only."""
 INTERNAL_SECRET = "x-chorus-internal-secret"  # noqa: S105 (a name)
 INTERNAL_TENANT = "x-chorus-internal-tenant"
+PRIORITY = "x-chorus-priority"
 ORCA_LOAD = "endpoint-load-metrics-bin"
 
+Priority: TypeAlias = Literal["interactive", "batch"]
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -26,6 +31,18 @@ def as_metadata(pairs: Iterable[tuple[str, str | bytes]] | None) -> Metadata:
 def text_value(metadata: Metadata, key: str) -> str | None:
     """A key's first value, if it is text."""
     return next((value for name, value in metadata if name == key and isinstance(value, str)), None)
+
+
+def priority(metadata: Metadata) -> Priority:
+    """What a caller says of its haste.
+
+    Raises:
+        InvalidArgument: it is neither of the two.
+    """
+    given = text_value(metadata, PRIORITY) or "interactive"
+    if given not in get_args(Priority):
+        raise InvalidArgument.of([Violation(PRIORITY, f"must be one of {', '.join(get_args(Priority))}")])
+    return cast("Priority", given)
 
 
 def request_id(metadata: Metadata) -> str:

@@ -12,6 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
+from batcher.counters import Observer
 from common.errors import StartupError
 
 if TYPE_CHECKING:
@@ -28,6 +29,20 @@ FIRST_AUDIO_SECONDS = Histogram(
 )
 AUDIO_SECONDS = Counter("chorus_audio_seconds_total", "Seconds of audio delivered.")
 ENGINE_ERRORS = Counter("chorus_engine_errors_total", "Failures of the engine as a whole.")
+TICK_SECONDS = Histogram(
+    "chorus_batcher_tick_seconds", "How long the engine took for a plan.", buckets=(0.001, *LATENCY_BUCKETS)
+)
+ROWS_PER_TICK = Histogram(
+    "chorus_batcher_rows_per_tick",
+    "Rows in the forward passes of a plan.",
+    buckets=(0, 1, 2, 4, 8, 16, 32, 64, 128, 256),
+)
+FIRST_SAMPLES_SECONDS = Histogram(
+    "chorus_batcher_first_samples_seconds", "From a stream's admission to its first samples.", buckets=LATENCY_BUCKETS
+)
+UNDERRUN_SECONDS = Histogram(
+    "chorus_batcher_underrun_seconds", "Gaps that listeners of streams heard.", buckets=LATENCY_BUCKETS
+)
 BACKENDS_READY = Gauge("chorus_gateway_backend_ready", "1 while a backend is ready to speak.")
 
 
@@ -43,6 +58,23 @@ def call_seconds(method: str) -> Histogram:
     return CALL_SECONDS.labels(method)
 
 
+class BatcherObserver(Observer):
+    """Puts what a batcher tells into histograms."""
+
+    def tick(self, seconds: float, rows: int) -> None:
+        """Into both histograms of ticks."""
+        TICK_SECONDS.observe(seconds)
+        ROWS_PER_TICK.observe(rows)
+
+    def first_audio(self, seconds: float) -> None:
+        """Into its histogram."""
+        FIRST_SAMPLES_SECONDS.observe(seconds)
+
+    def underrun(self, seconds: float) -> None:
+        """Into its histogram."""
+        UNDERRUN_SECONDS.observe(seconds)
+
+
 class BatcherCollector(Collector):
     """Shows a runner's state at the moment of a scrape."""
 
@@ -56,6 +88,8 @@ class BatcherCollector(Collector):
             ("requests", "Requests admitted and not yet over.", stats.requests),
             ("waiting", "Requests that wait for a slot.", stats.waiting),
             ("rows", "Rows that hold a slot.", stats.rows),
+            ("max_rows", "Rows that a forward pass may have now.", stats.max_rows),
+            ("parked", "Rows that have ended and of which samples are yet to be made.", stats.parked),
             ("slots_free", "Slots that a row could join.", stats.slots_free),
             ("work_audio_seconds", "Predicted seconds of audio before the engine.", stats.work_seconds),
             ("cancel_ticks_max", "Most ticks from a cancel to its free slot.", stats.counters.cancel_ticks_max),
@@ -65,10 +99,14 @@ class BatcherCollector(Collector):
             value = getattr(stats.counters, field.name)
             if isinstance(value, int) and field.name != "cancel_ticks_max":
                 yield CounterMetricFamily(f"chorus_batcher_{field.name}", f"Batcher: {field.name}.", value)
-        refused = CounterMetricFamily("chorus_batcher_refused", "Requests refused.", labels=["reason"])
-        for reason, count in stats.counters.refused.items():
-            refused.add_metric([reason], count)
-        yield refused
+        for name, text, counts in (
+            ("refused", "Requests refused.", stats.counters.refused),
+            ("dispatched", "Rows that joined, by why they came next.", stats.counters.dispatched),
+        ):
+            family = CounterMetricFamily(f"chorus_batcher_{name}", text, labels=["reason"])
+            for reason, count in counts.items():
+                family.add_metric([reason], count)
+            yield family
 
 
 def watch_batcher(runner: Runner) -> None:

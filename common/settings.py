@@ -121,10 +121,36 @@ class GatewaySettings(Section):
 class BatcherSettings(Section):
     """How requests wait, join and are delivered."""
 
+    mode: Literal["continuous", "static"] = "continuous"
+    """`static`: rows of similar length start together and nobody joins until all have ended, for comparison."""
+    static_wait: Seconds = 0.05
+    """How long a static batch waits until it is full."""
     max_waiting: Count = 1000
     """Requests that wait for a slot; more are refused."""
     max_delay: PositiveSeconds = 2.0
     """Seconds of work that may lie before the engine; a request that would make it more is refused."""
+    max_parked: Count = 1024
+    """Rows that have ended and whose readers are slow; with more of them nobody is admitted."""
+    first_audio_limit: PositiveSeconds = 10.0
+    """Seconds that a stream may wait for its first audio; one that would wait longer is refused."""
+    interactive_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """The share of the rows that batch work leaves to interactive calls."""
+    patience: PositiveSeconds = 2.0
+    """After so many seconds a waiting call comes before streams that arrive later."""
+    first_audio_patience: PositiveSeconds = 0.1
+    """The same for streams, among themselves and before all others."""
+    batch_patience: PositiveSeconds = 30.0
+    """So many seconds later than interactive calls is batch work due."""
+    reserve: PositiveSeconds = 1.0
+    """Seconds of audio that a listener should have before the next is made."""
+    first_block_steps: Count = 8
+    """A row's first samples are made when so many steps are done; later blocks are longer …"""
+    block_steps: Count = 24
+    """… up to this."""
+    max_attempts: Count = 3
+    """How often a row is tried when the engine fails."""
+    recovery_seconds: PositiveSeconds = 5.0
+    """Seconds to each step back towards full width after the engine ran out of memory."""
     tick_seconds: PositiveSeconds = 0.008
     """How long the steps of one tick should take."""
     max_steps_per_tick: Count = 32

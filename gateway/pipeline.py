@@ -11,7 +11,7 @@ import grpc.aio
 
 from common.calls import Context, current_call
 from common.errors import DeadlineExceeded
-from common.metadata import INTERNAL_SECRET, INTERNAL_TENANT, REQUEST_ID, Metadata
+from common.metadata import INTERNAL_SECRET, INTERNAL_TENANT, PRIORITY, REQUEST_ID, Metadata
 from common.settings import Settings
 from gateway.upstream import told
 
@@ -89,7 +89,11 @@ class Pipeline:
     def _metadata(self) -> Metadata:
         """What a backend is told of the caller. Nothing of the caller's own metadata passes."""
         call = current_call()
-        told: Metadata = ((REQUEST_ID, call.request_id), (INTERNAL_TENANT, call.tenant))
+        told: Metadata = (
+            (REQUEST_ID, call.request_id),
+            (PRIORITY, call.priority),
+            (INTERNAL_TENANT, call.tenant),
+        )
         if self._settings.secret is not None:
             told += ((INTERNAL_SECRET, self._settings.secret.get_secret_value()),)
         return told

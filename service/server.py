@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import fields
 from functools import partial
 
 from batcher.engine import Segment
 from batcher.errors import BatcherError
+from batcher.policy import Mode, Policy
 from batcher.request import RequestEnded, RequestFailed
 from batcher.runner import Runner
-from batcher.scheduler import Policy
 from common.errors import StartupError
 from common.logs import logger, set_up_logs
 from common.metadata import Metadata
-from common.metrics import ENGINE_ERRORS, serve_metrics, watch_batcher
+from common.metrics import ENGINE_ERRORS, BatcherObserver, serve_metrics, watch_batcher
 from common.server import Server, run
 from common.settings import BatcherSettings, Settings
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
@@ -51,6 +52,7 @@ async def serve(settings: Settings) -> None:
         engine,
         _policy(settings.batcher),
         outbox_seconds=settings.batcher.outbox_seconds,
+        observer=BatcherObserver(),
         on_error=_log_engine_error,
         on_death=server.stop_soon,
     )
@@ -97,13 +99,9 @@ def _identify(settings: Settings, metadata: Metadata, peer: str) -> str:
 
 
 def _policy(settings: BatcherSettings) -> Policy:
-    return Policy(
-        max_waiting=settings.max_waiting,
-        max_delay=settings.max_delay,
-        tick_seconds=settings.tick_seconds,
-        max_steps_per_tick=settings.max_steps_per_tick,
-        prefill_tokens=settings.prefill_tokens,
-    )
+    """The settings that are the scheduler's own, which have the same names there."""
+    values = {field.name: getattr(settings, field.name) for field in fields(Policy)}
+    return Policy(**values | {"mode": Mode(settings.mode)})
 
 
 def _log_engine_error(error: BaseException) -> None:

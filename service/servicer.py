@@ -71,7 +71,7 @@ class Servicer(
         self._check_fits_reply(steps, manner.format)
         response = tts_pb2.SynthesizeResponse()
         audio = bytearray()
-        terms = Terms(self._settings.batcher.unary_rows, self._deadline(context), steps)
+        terms = Terms(self._settings.batcher.unary_rows, self._deadline(context), stream=False, expected_steps=steps)
         async with aclosing(self._speak_whole(request.text, manner, terms, context)) as messages:
             async for message in messages:
                 match message:
@@ -94,7 +94,7 @@ class Servicer(
         """Sends the speech as it is made."""
         manner = parse(request, self._engine, self._settings.limits)
         steps = estimate_steps(request.text, manner, self._engine)
-        terms = Terms(self._settings.batcher.stream_rows, self._deadline(context), steps)
+        terms = Terms(self._settings.batcher.stream_rows, self._deadline(context), stream=True, expected_steps=steps)
         async with aclosing(self._speak_whole(request.text, manner, terms, context)) as messages:
             async for message in messages:
                 yield tts_pb2.StreamSynthesizeResponse(**_field(message))
@@ -107,7 +107,7 @@ class Servicer(
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 manner = parse_config(await read_config(request), self._engine)
-                terms = Terms(self._settings.batcher.stream_rows, deadline)
+                terms = Terms(self._settings.batcher.stream_rows, deadline, stream=True)
                 script = WrittenText(request, manner.language, self._settings.limits)
                 async with aclosing(script), aclosing(self._speak(manner, script, terms, context)) as messages:
                     async for message in messages:

@@ -23,7 +23,7 @@ from batcher.errors import (
     RowFailedError,
     StoppedError,
 )
-from batcher.request import Audio, RequestEnded, RequestFailed, SegmentEnded
+from batcher.request import Audio, Priority, RequestEnded, RequestFailed, SegmentEnded
 from batcher.runner import Runner, Speaking
 from common import metrics
 from common.calls import Call
@@ -62,6 +62,8 @@ class Terms:
 
     max_rows: int
     deadline: float
+    stream: bool
+    """It is listened to while it is spoken."""
     expected_steps: int = 0
 
 
@@ -84,6 +86,8 @@ async def speak(
                 max_rows=terms.max_rows,
                 deadline=terms.deadline,
                 tenant=call.tenant,
+                priority=Priority(call.priority),
+                stream=terms.stream,
                 closed=script.done,
                 expected_steps=terms.expected_steps,
             ) as speaking,

@@ -16,9 +16,10 @@ import pytest
 
 from batcher.engine import EngineOutOfMemoryError, Segment
 from batcher.errors import DeadlinePassedError, EngineFailedError, QueueFullError, RowFailedError, StoppedError
-from batcher.request import Audio, RequestEnded, SegmentEnded
+from batcher.policy import Mode, Policy
+from batcher.request import Audio, RequestEnded, RequestFailed, SegmentEnded
 from batcher.runner import Runner
-from batcher.scheduler import Delivery, Policy
+from batcher.scheduler import Delivery
 from tests.virtual_engine import (
     PATIENCE,
     SAMPLES_PER_STEP,
@@ -30,7 +31,7 @@ from tests.virtual_engine import (
     VirtualEngine,
 )
 
-UNLIMITED = Policy(max_delay=math.inf, max_waiting=10_000, max_steps_per_tick=1)
+UNLIMITED = Policy(max_delay=math.inf, max_waiting=10_000, max_steps_per_tick=1, first_block_steps=1, block_steps=1)
 ONE_STEP = 1 / STEPS_PER_SECOND
 
 
@@ -372,6 +373,61 @@ async def test_closing_wakes_a_thread_that_rests() -> None:
     assert [type(event) for event in events] == [Audio, SegmentEnded, RequestEnded]
 
 
+async def test_a_deadline_passes_while_the_engine_computes() -> None:
+    """It is told by a timer of the event loop: nobody waits for the engine to come back."""
+    engine = VirtualEngine(slots=1, step_seconds=lambda rows: 0.0)
+    async with running(engine) as runner:
+        engine.gate.close()
+        deadline = time.monotonic() + 0.2
+        async with (
+            runner.speak(engine.segments(100), max_rows=1, deadline=deadline) as first,
+            runner.speak(engine.segments(100), max_rows=1, deadline=deadline + 0.1) as second,
+        ):
+            for outbox in (second, first):
+                failure = await outbox.get()
+                assert isinstance(getattr(failure, "error", None), DeadlinePassedError)
+        assert time.monotonic() >= deadline + 0.1
+        assert runner.stats().requests == 0
+        engine.gate.open()
+        await until(lambda: runner.stats().slots_free == 1)
+        check_nothing_is_left(runner, engine)
+
+
+async def test_what_was_on_its_way_when_a_deadline_passed_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = VirtualEngine(step_seconds=lambda rows: 0.0)
+    async with running(engine) as runner:
+        before_delivery = Gate()
+        deliver = runner._deliver
+
+        def held_deliver(deliveries: list[Delivery]) -> None:
+            if deliveries:
+                before_delivery.enter()
+            deliver(deliveries)
+
+        monkeypatch.setattr(runner, "_deliver", held_deliver)
+        before_delivery.close()
+        async with runner.speak(engine.segments(9), max_rows=1, deadline=time.monotonic() + 0.2) as outbox:
+            await before_delivery.holds()
+            assert isinstance(getattr(await outbox.get(), "error", None), DeadlinePassedError)
+            before_delivery.open()
+            await hear(runner, engine, engine.segments(1))
+            reading = asyncio.create_task(outbox.get())
+            await asyncio.sleep(0)
+            assert not reading.done()
+            reading.cancel()
+
+
+async def test_a_static_batch_that_stays_incomplete_starts_after_its_wait() -> None:
+    engine = VirtualEngine(slots=4, step_seconds=lambda rows: 0.0)
+    policy = Policy(max_delay=math.inf, mode=Mode.STATIC, static_wait=0.05)
+    async with running(engine, policy) as runner:
+        heard = await asyncio.gather(*(hear(runner, engine, engine.segments(5)) for _ in range(3)))
+        assert all(listener.ended for listener in heard)
+        assert [len(group) for plan in engine.plans for group in plan.joins] == [3]
+        heard = await asyncio.gather(*(hear(runner, engine, engine.segments(5)) for _ in range(4)))
+        assert all(listener.ended for listener in heard)
+
+
 # ------------------------------------------------------------------------------------------------------- failures
 
 
@@ -383,8 +439,10 @@ async def test_errors_of_the_engine_are_told_and_it_goes_on() -> None:
         assert isinstance(bad.error, RowFailedError)
         for error in (EngineBrokenError(), EngineOutOfMemoryError()):
             engine.faults.append(error)
-            assert isinstance((await hear(runner, engine, engine.segments(3))).error, EngineFailedError)
+            assert (await hear(runner, engine, engine.segments(3))).ended  # it was tried again
             assert errors.pop() is error
+        engine.faults.extend([None, None, EngineBrokenError()])
+        assert isinstance((await hear(runner, engine, engine.segments(30))).error, EngineFailedError)  # half heard
         assert (await hear(runner, engine, engine.segments(3))).ended
         assert not runner.dead
         check_nothing_is_left(runner, engine)
@@ -418,7 +476,7 @@ async def test_a_stop_wakes_a_thread_that_rests() -> None:
     assert engine.closed
 
 
-@pytest.mark.parametrize("method", ["plan", "apply", "expire"])
+@pytest.mark.parametrize("method", ["plan", "apply"])
 async def test_a_crash_of_the_scheduler_is_told_and_fails_all(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = VirtualEngine(slots=1)
     errors: list[BaseException] = []
@@ -439,3 +497,25 @@ async def test_a_crash_of_the_scheduler_is_told_and_fails_all(method: str, monke
         assert runner.dead
         with pytest.raises(StoppedError):
             await hear(runner, engine, engine.segments(1))
+
+
+async def test_a_crash_while_deadlines_are_looked_at_is_told_and_fails_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = VirtualEngine(slots=1, step_seconds=lambda rows: 0.0)
+    errors: list[BaseException] = []
+    died = asyncio.Event()
+    async with running(engine, on_error=errors.append, on_death=died.set) as runner:
+        engine.gate.close()
+        crash = ZeroDivisionError("a bug")
+
+        def fail(*args: object) -> None:
+            raise crash
+
+        monkeypatch.setattr(runner.scheduler, "expire", fail)
+        async with runner.speak(engine.segments(9), max_rows=1, deadline=time.monotonic() + 0.05) as outbox:
+            await died.wait()
+            engine.gate.open()
+            while not isinstance(event := await outbox.get(), RequestFailed):
+                pass
+        assert isinstance(event.error, StoppedError)
+        assert errors == [crash]
+        assert runner.dead

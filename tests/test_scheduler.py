@@ -29,13 +29,16 @@ from batcher.errors import (
     DeadlinePassedError,
     DeadlineUnreachableError,
     EngineFailedError,
+    FirstAudioUnreachableError,
     QueueFullError,
     RowFailedError,
     StoppedError,
 )
 from batcher.grouping import MAX_PADDING, group_by_length
-from batcher.request import Audio, Event, Request, RequestFailed, Row
-from batcher.scheduler import Policy, Scheduler
+from batcher.policy import Mode, Policy
+from batcher.request import Audio, Event, Priority, Request, RequestFailed, Row
+from batcher.scheduler import Scheduler
+from batcher.waiting import Entry
 from common.settings import ToneSettings
 from service.engines.tone import ToneEngine
 from service.engines.tone_code import Identity, verify
@@ -52,7 +55,8 @@ from tests.virtual_engine import (
 
 LONGEST = 10
 """Steps of the longest row in the random tests."""
-UNHURRIED = settings(deadline=None, max_examples=60)
+BLOCK = 4
+"""Steps of the longest block in the random tests."""
 
 
 def joined(plan: Plan | None) -> list[int]:
@@ -76,12 +80,12 @@ scripts = st.builds(
 )
 
 
-@dataclass
-class Arrival:
-    """What stood before a request when it came."""
+class Before:
+    """What a request was before a tick."""
 
-    waiting: int
-    joins: int
+    def __init__(self, request: Request) -> None:
+        self.heard = any(row.samples for row in request.current)
+        self.attempts = max((row.attempts for row in request.current), default=0)
 
 
 class AnythingHappens(RuleBasedStateMachine):
@@ -95,9 +99,19 @@ class AnythingHappens(RuleBasedStateMachine):
         behind=st.booleans(),
         whole=st.booleans(),
         steps=st.integers(1, 3),
-        max_waiting=st.integers(1, 4),
-        prefill_tokens=st.sampled_from([1, 25, 1000]),
-        max_delay=st.sampled_from([0.3, 1e9]),
+        limits=st.fixed_dictionaries(
+            {
+                "mode": st.sampled_from([Mode.CONTINUOUS, Mode.CONTINUOUS, Mode.STATIC]),
+                "max_waiting": st.integers(1, 4),
+                "max_parked": st.sampled_from([1, 1000]),
+                "max_delay": st.sampled_from([0.3, 1e9]),
+                "first_audio_limit": st.sampled_from([0.1, 1e9]),
+                "prefill_tokens": st.sampled_from([1, 25, 1000]),
+                "first_block_steps": st.integers(1, 2),
+                "block_steps": st.integers(2, BLOCK),
+                "recovery_seconds": st.sampled_from([0.01, 1.0]),
+            }
+        ),
     )
     def start(
         self,
@@ -108,9 +122,7 @@ class AnythingHappens(RuleBasedStateMachine):
         behind: bool,
         whole: bool,
         steps: int,
-        max_waiting: int,
-        prefill_tokens: int,
-        max_delay: float,
+        limits: dict[str, Any],
     ) -> None:
         self.engine = VirtualEngine(
             slots=slots + spare,
@@ -122,10 +134,9 @@ class AnythingHappens(RuleBasedStateMachine):
             whole=whole,
             step_seconds=lambda rows: 0.01 + 0.001 * rows,
         )
-        policy = Policy(max_waiting, max_delay, 0.016 * steps, steps, prefill_tokens)
+        policy = Policy(tick_seconds=0.016 * steps, max_steps_per_tick=steps, static_wait=0.02, **limits)
         self.world = World(self.engine, policy)
         self.scheduler = self.world.scheduler
-        self.arrivals: dict[Listener, Arrival] = {}
         self.cancelled: list[tuple[Listener, int]] = []
 
     # -- what can happen ----------------------------------------------------------------------------------------------
@@ -134,20 +145,26 @@ class AnythingHappens(RuleBasedStateMachine):
         parts=st.lists(scripts, min_size=1, max_size=4),
         max_rows=st.integers(1, 3),
         seconds=st.none() | st.floats(0.01, 1),
-        window=st.integers(SAMPLES_PER_STEP, 5 * SAMPLES_PER_STEP) | st.just(10_000),
-        closed=st.booleans(),
+        window=st.integers(BLOCK * SAMPLES_PER_STEP, 5 * BLOCK * SAMPLES_PER_STEP) | st.just(10_000),
+        options=st.fixed_dictionaries(
+            {
+                "tenant": st.sampled_from(["", "a", "b"]),
+                "priority": st.sampled_from(Priority),
+                "stream": st.booleans(),
+                "closed": st.booleans(),
+            }
+        ),
     )
-    def submit(self, parts: list[Script], max_rows: int, seconds: float | None, window: int, closed: bool) -> None:
+    def submit(
+        self, parts: list[Script], max_rows: int, seconds: float | None, window: int, options: dict[str, Any]
+    ) -> None:
         segments = [self.engine.segment(part) for part in parts]
         deadline = None if seconds is None else self.world.clock.now + seconds
-        arrival = Arrival(self.scheduler.waiting, self.scheduler.counters.joins)
         work, requests = self.scheduler.work_seconds, self.scheduler.requests
         try:
-            listener = self.world.submit(segments, max_rows=max_rows, deadline=deadline, window=window, closed=closed)
+            self.world.submit(segments, max_rows=max_rows, deadline=deadline, window=window, **options)
         except (QueueFullError, DeadlineUnreachableError):
             assert (self.scheduler.work_seconds, self.scheduler.requests) == (work, requests)
-        else:
-            self.arrivals[listener] = arrival
 
     @precondition(lambda self: self.open)
     @rule(which=st.integers(0, 9), parts=st.lists(scripts, max_size=3), meanwhile=st.booleans())
@@ -189,7 +206,7 @@ class AnythingHappens(RuleBasedStateMachine):
 
     @rule(part=scripts)
     def submit_while_the_engine_runs(self, part: Script) -> None:
-        self.watch_tick(meanwhile=lambda: self.submit([part], 1, None, 10_000, True))
+        self.watch_tick(meanwhile=lambda: self.submit([part], 1, None, 10_000, {}))
 
     @precondition(lambda self: self.world.requests)
     @rule(
@@ -204,15 +221,19 @@ class AnythingHappens(RuleBasedStateMachine):
 
     def watch_tick(self, fault: Exception | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
         self.engine.faults.append(fault)
-        joins, before = self.scheduler.counters.joins, [*self.world.requests]
+        before = {listener: Before(request) for listener, request in self.world.requests.items()}
+        waiting = dict(self.scheduler._waiting._entries)
         plan = self.world.tick(lambda: self.watch_run(fault, meanwhile))
         self.engine.faults.clear()
         if plan is None:
             return
         self.check_joins(plan)
-        self.check_turns(plan, joins)
-        failed = [listener for listener in before if isinstance(listener.error, EngineFailedError)]
-        self.check_fault(fault, failed, joined(plan))
+        if self.scheduler.policy.mode is Mode.CONTINUOUS and fault is None:
+            self.check_order(waiting)
+        for listener, was in before.items():
+            if isinstance(listener.error, EngineFailedError):
+                assert fault is not None
+                assert was.heard or was.attempts + 1 >= self.scheduler.policy.max_attempts
 
     def watch_run(self, fault: Exception | None, meanwhile: Callable[[], None]) -> None:
         """Right after the engine ran: what had left before the plan is gone from it."""
@@ -221,32 +242,22 @@ class AnythingHappens(RuleBasedStateMachine):
         assert self.scheduler.rows + self.scheduler.slots_free == self.engine.caps.slots
         meanwhile()
 
-    def check_fault(self, fault: Exception | None, failed: list[Listener], joining: list[int]) -> None:
-        """Of a failure all end; of a lack of memory those who asked for it: who joined, or one if nobody did."""
-        if fault is None:
-            assert not failed
-        elif isinstance(fault, EngineBrokenError):
-            assert not self.world.requests
-        elif joining:
-            assert all(not numbers(listener).isdisjoint(joining) for listener in failed)
-            assert self.alive.isdisjoint(joining)
-        else:
-            assert len(failed) <= 1
-
     def check_joins(self, plan: Plan) -> None:
         """They keep to the prompt tokens of a tick, and a group's padding is bounded."""
         predict = self.engine.caps.predict
         groups = [[predict(join.segment).prompt_tokens for join in group] for group in plan.joins]
-        assert len(joined(plan)) == 1 or sum(map(sum, groups)) <= self.scheduler.policy.prefill_tokens
+        if self.scheduler.policy.mode is Mode.CONTINUOUS:
+            assert len(joined(plan)) == 1 or sum(map(sum, groups)) <= self.scheduler.policy.prefill_tokens
         assert all(min(group) >= (1 - MAX_PADDING) * max(group) for group in groups)
 
-    def check_turns(self, plan: Plan, joins: int) -> None:
-        """No more rows joined in the plans before its own than requests waited when it came."""
-        joining = joined(plan)
-        for listener in [*self.arrivals]:
-            if listener.segments[0].seed in joining:
-                arrival = self.arrivals.pop(listener)
-                assert joins - arrival.joins <= arrival.waiting
+    def check_order(self, waiting: dict[Request, Entry]) -> None:
+        """Of those who waited, nobody joins before one of its class who is due earlier: so nobody starves."""
+        still = self.scheduler._waiting._entries
+        for priority in Priority:
+            mine = {request: entry for request, entry in waiting.items() if request.priority is priority}
+            left = [entry for request, entry in mine.items() if still.get(request) is entry]
+            joined = [entry for request, entry in mine.items() if still.get(request) is not entry and not request.over]
+            assert not joined or not left or max(joined) <= min(left)
 
     @invariant()
     def what_always_holds(self) -> None:
@@ -258,14 +269,18 @@ class AnythingHappens(RuleBasedStateMachine):
     def check_counts(self) -> None:
         scheduler = self.scheduler
         assert scheduler.requests == len(self.world.requests)
-        assert 0 <= scheduler.work_seconds <= self.work_at_most()
+        rows = [row for request in self.world.requests.values() for row in request.current]
+        assert scheduler._work.steps == sum(row.work_steps for row in rows)
+        assert scheduler._work.running == sum(row.work_steps for row in rows if row.ref is not None)
         assert scheduler.counters.cancel_ticks_max == 0
         fresh = [request for request in self.world.requests.values() if request.first_join is None]
         assert len(fresh) <= scheduler.policy.max_waiting
 
     def check_seats(self) -> None:
         """A row holds a slot until its end is known, and no longer, whoever reads or does not."""
-        assert self.scheduler.rows == len(self.alive & set(self.engine.open.values()))
+        leaving = {ref.row for ref, _ in self.scheduler._leaving}
+        holding = [row for row, number in self.engine.open.items() if number in self.alive and row not in leaving]
+        assert self.scheduler.rows == len(holding)
         assert self.scheduler.rows <= self.engine.caps.max_rows
         assert self.scheduler.rows + self.scheduler.slots_free <= self.engine.caps.slots
 
@@ -309,11 +324,6 @@ class AnythingHappens(RuleBasedStateMachine):
     def choose(self, which: int) -> Listener:
         return list(self.world.requests)[which % len(self.world.requests)]
 
-    def work_at_most(self) -> float:
-        predict = self.engine.caps.predict
-        rows = (segment for listener in self.world.requests for segment in listener.segments)
-        return sum(predict(segment).steps_p50 for segment in rows) / STEPS_PER_SECOND + 1e-9
-
     def teardown(self) -> None:
         """All that is left ends once everybody reads, and leaves nothing behind."""
         if not hasattr(self, "world"):
@@ -335,7 +345,7 @@ test_anything_happens = AnythingHappens.TestCase
 
 def check_nothing_is_left(world: World) -> None:
     assert world.scheduler.requests == 0
-    assert world.scheduler.next_deadline is None
+    assert world.scheduler.next_expiry is None
     check_idle(world)
 
 
@@ -351,36 +361,6 @@ def check_idle(world: World) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- nobody starves
-
-
-@UNHURRIED
-@given(data=st.data(), seats=st.integers(1, 3), behind=st.booleans())
-def test_a_request_joins_within_a_known_number_of_ticks(data: st.DataObject, seats: int, behind: bool) -> None:
-    """Behind `k` requests, with rows of at most L steps and reports d ticks late: (k // seats + 1) * (L + d).
-
-    For each seat changes hands at least every L + d ticks, and a request gives way to the others after each row.
-    """
-    world = World(VirtualEngine(slots=seats, behind=behind))
-    busy = data.draw(st.integers(1, 40))
-    lengths = st.lists(st.integers(0, LONGEST), min_size=1, max_size=5)
-    bounds: dict[Listener, int] = {}
-    for tick in itertools.count():
-        for steps in data.draw(st.lists(lengths, max_size=2)) if tick < busy else ():
-            bound = (world.scheduler.waiting // seats + 1) * (LONGEST + behind)
-            bounds[world.say(*steps, window=data.draw(st.sampled_from([4, 10_000])))] = tick + bound
-        fresh = [listener for listener, request in world.requests.items() if request.first_join is None]
-        assert all(tick < bounds[listener] for listener in fresh)
-        if tick >= busy and not fresh:
-            break
-        world.tick()
-
-
-def test_requests_take_turns_row_by_row() -> None:
-    world = World(VirtualEngine(slots=1))
-    listeners = [world.say(1, 1, 1, max_rows=3), world.say(1), world.say(1, 1)]
-    owners = {number: index for index, listener in enumerate(listeners) for number in numbers(listener)}
-    world.drain()
-    assert [owners[number] for plan in world.engine.plans for number in joined(plan)] == [0, 1, 2, 0, 2, 0]
 
 
 @pytest.mark.parametrize("max_vocode", [1, 2, 4])
@@ -453,7 +433,7 @@ def test_groups_hold_every_row_once_and_little_padding(tokens: list[int]) -> Non
 
 def test_rows_join_in_groups_of_similar_length() -> None:
     world = World(VirtualEngine(slots=8))
-    for tokens in (10, 100, 13, 75, 12, 74):
+    for tokens in (20, 100, 22, 75, 21, 74):
         world.submit([world.engine.segment(Script(prompt_tokens=tokens))])
     plan = world.tick()
     assert plan is not None
@@ -566,11 +546,59 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(
 
 def test_work_that_lies_before_counts_against_a_deadline() -> None:
     world = slow_world(max_delay=1e9)
-    world.say(50, 50)  # 4 s of audio, 2 s of its time
+    world.say(50, 50)  # 2 s each, side by side: with an even spread of what is left the first ends after 4 s / 3
+    world.tick()
+    world.say(50, 50)  # 2 s of its time
     segments = world.engine.segments(10)  # 0.4 s
+    before = (4 - 0.08) / 3 + 2
     with pytest.raises(DeadlineUnreachableError):
-        world.submit(segments, deadline=2.3)
-    assert world.submit(segments, deadline=2.5)
+        world.submit(segments, deadline=world.clock.now + before + 0.39)
+    assert world.scheduler.counters.refused["late"] == 1
+    assert world.submit(segments, deadline=world.clock.now + before + 0.41)
+
+
+def test_work_of_a_lower_class_does_not_lie_before() -> None:
+    world = slow_world(max_delay=1e9)
+    world.say(50, 50)
+    world.tick()
+    world.say(50, 50, priority=Priority.BATCH)
+    segments = world.engine.segments(10)
+    before = (4 - 0.08) / 3
+    deadline = world.clock.now + before + 0.41
+    with pytest.raises(DeadlineUnreachableError):
+        world.submit(segments, deadline=deadline, priority=Priority.BATCH)
+    assert world.submit(segments, deadline=deadline)
+
+
+def test_who_waits_and_can_no_more_be_in_time_is_given_up_before_it_costs_anything() -> None:
+    world = slow_world(max_delay=1e9)
+    world.submit([world.engine.segment(Script(steps=100, predicted=2))])  # longer than anybody thought
+    world.submit([world.engine.segment(Script(steps=100, predicted=2))])
+    world.tick()
+    waiting = world.submit(world.engine.segments(10), deadline=1.0)
+    while not waiting.over:
+        assert world.clock.now <= 0.6 + 0.04
+        world.tick()
+    assert isinstance(waiting.error, DeadlineUnreachableError)
+    assert world.scheduler.counters.expired_waiting == 1
+    assert not any(2 in joined(plan) for plan in world.engine.plans)
+
+
+def test_a_stream_whose_first_audio_would_come_too_late_is_refused_also_when_it_waits_already() -> None:
+    world = slow_world(max_delay=1e9, first_audio_limit=1.0)
+    world.say(100, 100)
+    world.tick()
+    with pytest.raises(FirstAudioUnreachableError):
+        world.say(10, stream=True)  # the first seat is thought to be free in (8 - 0.08) / 3 s
+    assert world.say(10)
+    world.ticks(70)
+    late = world.say(10, stream=True)  # 30 steps are left, 1.2 s
+    came = world.clock.now
+    while not late.over:
+        assert world.clock.now <= came + 1.04
+        world.tick()
+    assert isinstance(late.error, FirstAudioUnreachableError)
+    assert world.scheduler.counters.refused["first_audio"] == 2
 
 
 def test_a_deadline_that_passes_ends_who_waits_and_who_runs() -> None:
@@ -579,7 +607,7 @@ def test_a_deadline_that_passes_ends_who_waits_and_who_runs() -> None:
     waiting = world.submit(world.engine.segments(100), deadline=6.0)
     third = world.say(1)
     world.ticks(2)
-    assert world.scheduler.next_deadline == 5.0
+    assert world.scheduler.next_expiry == 5.0
     world.clock.now = 5.0
     plan = world.tick()
     assert plan is not None
@@ -592,7 +620,7 @@ def test_a_deadline_that_passes_ends_who_waits_and_who_runs() -> None:
     world.drain()
     assert isinstance(waiting.error, DeadlinePassedError)
     assert third.ended
-    assert world.scheduler.counters.expired == 2
+    assert world.scheduler.counters.expired_running == 2
     check_nothing_is_left(world)
 
 
@@ -793,87 +821,6 @@ def test_a_bad_row_fails_only_its_request(fails_at: int) -> None:
     check_nothing_is_left(world)
 
 
-@pytest.mark.parametrize("behind", [False, True])
-def test_a_failed_engine_fails_all_and_the_next_ones_are_spoken(behind: bool) -> None:
-    world = World(VirtualEngine(slots=2, behind=behind))
-    listeners = [world.say(5, 5), world.say(5), world.say(5)]
-    world.ticks(3)
-    world.engine.faults.append(EngineBrokenError())
-    world.tick()
-    assert all(isinstance(listener.error, EngineFailedError) for listener in listeners)
-    assert world.scheduler.counters.engine_failures == 1
-    next_one = world.say(5, 5)
-    world.drain()
-    assert next_one.ended
-    check_nothing_is_left(world)
-
-
-def test_a_cancel_while_the_engine_fails_loses_no_slot() -> None:
-    world = World(VirtualEngine(slots=1))
-    leaver = world.say(5)
-    world.tick()
-    world.engine.faults.append(EngineBrokenError())
-    world.tick(meanwhile=lambda: world.cancel(leaver))
-    assert world.scheduler.slots_free == 1
-    assert world.say(5)
-    world.drain()
-    check_nothing_is_left(world)
-
-
-@pytest.mark.parametrize("ticks", range(8))
-@pytest.mark.parametrize("behind", [False, True])
-def test_out_of_memory_ends_what_joined_and_the_others_go_on(behind: bool, ticks: int) -> None:
-    world = World(VirtualEngine(slots=8, behind=behind, lookahead=1))
-    others = [world.say(3, 2), world.say(4)]
-    world.tick()
-    world.ticks(ticks)
-    joining = world.say(5)
-    world.engine.faults.append(EngineOutOfMemoryError())
-    world.tick()
-    assert isinstance(joining.error, EngineFailedError)
-    world.drain()
-    assert all(listener.ended for listener in others)
-    check_nothing_is_left(world)
-
-
-def test_out_of_memory_without_a_joining_row_ends_the_newest() -> None:
-    world = World(VirtualEngine())
-    older, newer = world.say(9), world.say(9)
-    world.ticks(3)
-    world.engine.faults.append(EngineOutOfMemoryError())
-    world.tick()
-    assert isinstance(newer.error, EngineFailedError)
-    world.drain()
-    assert older.ended
-
-
-def test_out_of_memory_ends_nobody_else_if_who_joined_has_left() -> None:
-    world = World(VirtualEngine())
-    other = world.say(9)
-    world.ticks(3)
-    joining = world.say(9)
-    world.engine.faults.append(EngineOutOfMemoryError())
-    world.tick(meanwhile=lambda: world.cancel(joining))
-    world.drain()
-    assert other.ended
-
-
-def test_out_of_memory_forgets_no_leave() -> None:
-    world = World(VirtualEngine(slots=1))
-    leaver = world.say(9)
-    world.ticks(3)
-    world.cancel(leaver)
-    joining = world.say(9)
-    world.engine.faults.append(EngineOutOfMemoryError())
-    world.tick()
-    assert isinstance(joining.error, EngineFailedError)
-    assert world.engine.kept == [0]
-    last = world.say(2)
-    world.drain()
-    assert last.ended
-    check_nothing_is_left(world)
-
-
 # ------------------------------------------------------------------------------------------------- reports
 
 
@@ -903,7 +850,7 @@ def test_a_report_of_another_generation_is_dropped_though_all_else_fits() -> Non
         RowReport(stale, pcm=Pcm(b"\1\1", 0, 1)),
         RowReport(stale, error="too late"),
     ):
-        assert world.scheduler.apply(Report((report,))) == []
+        assert world.scheduler.apply(Report((report,)), 0.0) == []
     assert world.scheduler.counters.stale_reports == 3
     world.drain()
     assert listener.ended
@@ -918,7 +865,7 @@ def test_audio_with_a_gap_or_twice_is_not_delivered(start_sample: int) -> None:
     world.ticks(2)
     assert listener.received == 8
     report = RowReport(plan.joins[0][0].ref, pcm=Pcm(bytes(8), start_sample, 3))
-    [(_, event)] = world.scheduler.apply(Report((report,)))
+    [(_, event)] = world.scheduler.apply(Report((report,)), 0.0)
     assert isinstance(event, RequestFailed)
     assert isinstance(event.error, RowFailedError)
 
@@ -968,20 +915,20 @@ def mixed(count: int) -> list[Segment]:
 @pytest.mark.parametrize("count", [1, 2, 24, 64])
 def test_rows_of_all_voices_and_parameters_share_each_forward_pass(count: int) -> None:
     engine = ToneEngine(ToneSettings(slots=64))
-    scheduler = Scheduler(engine.caps, Policy(max_steps_per_tick=1))
+    scheduler = Scheduler(engine.caps, Policy(max_steps_per_tick=1, first_block_steps=1, block_steps=1))
     readers = []
     for segment in mixed(count):
         reader = Collector(Identity.of(segment.text, segment.voice, segment.language, segment.seed, segment.index))
         scheduler.submit(Request([segment], reader, 1), 0.0)
         readers.append(reader)
     for tick in range(1, 11):
-        for request, event in scheduler.apply(engine.run(scheduler.plan(0.0))):
+        for request, event in scheduler.apply(engine.run(scheduler.plan(0.0)), 0.0):
             request.reader.put(event)
         assert engine.step_calls == tick
         assert engine.rows_per_step == {count: tick}
         assert engine.vocode_calls == tick - 1
     while scheduler.requests:
-        for request, event in scheduler.apply(engine.run(scheduler.plan(0.0))):
+        for request, event in scheduler.apply(engine.run(scheduler.plan(0.0)), 0.0):
             request.reader.put(event)
     for reader in readers:
         verify(b"".join(event.data for event in reader.events if isinstance(event, Audio)), [reader.identity])

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from batcher.engine import (
     Caps,
@@ -29,13 +30,18 @@ from batcher.engine import (
     Segment,
     Vocode,
 )
+from batcher.policy import Policy
 from batcher.request import Audio, Event, Request, RequestEnded, RequestFailed, SegmentEnded
-from batcher.scheduler import Delivery, Policy, Scheduler
+from batcher.scheduler import Delivery, Scheduler
 
 SAMPLES_PER_STEP = 4
 STEPS_PER_SECOND = 25
 PATIENCE = 20.0
 """Seconds after which a test that waits for another thread has failed."""
+
+
+UNHURRIED = Policy(max_delay=1e9, first_block_steps=1, block_steps=1)
+"""Admits all, and makes each step's samples as soon as they are final."""
 
 
 class ProtocolError(Exception):
@@ -179,12 +185,15 @@ class VirtualEngine:
             lookahead_steps=lookahead,
             predict=self._predict,
             step_seconds=step_seconds,
+            prefill_seconds=lambda tokens: 0.0,
         )
         self.clock = Clock()
         self.gate = Gate()
         self.scripts: list[Script] = []
         self.faults: deque[Exception | None] = deque()
         """What the next runs raise."""
+        self.poison: set[int] = set()
+        """Segments whose joining breaks the engine."""
         self.plans: list[Plan] = []
         self.violations: list[str] = []
         self.vocoded: dict[int, int] = {}
@@ -230,7 +239,7 @@ class VirtualEngine:
 
     def run(self, plan: Plan) -> Report:
         self.gate.enter()
-        self._check_fault()
+        self._check_fault(plan)
         self.plans.append(plan)
         touched: dict[int, _Row] = {}
         pcm: dict[int, Pcm] = {}
@@ -247,8 +256,10 @@ class VirtualEngine:
     def close(self) -> None:
         self.closed = True
 
-    def _check_fault(self) -> None:
+    def _check_fault(self, plan: Plan) -> None:
         fault = self.faults.popleft() if self.faults else None
+        if not self.poison.isdisjoint(join.segment.seed for group in plan.joins for join in group):
+            fault = EngineBrokenError()
         if fault is None:
             return
         if not isinstance(fault, EngineOutOfMemoryError):
@@ -278,6 +289,7 @@ class VirtualEngine:
             row = self._make_row(join.ref, join.segment)
             self._rows[join.ref.row] = self._holders[join.ref.slot] = touched[join.ref.row] = row
             self.open[join.ref.row] = row.number
+            self.vocoded.pop(row.number, None)  # a row that begins anew
             self._generations[join.ref.slot] = join.ref.generation
             row.check_fault()
             self._settle(row)
@@ -436,15 +448,15 @@ class World:
     def __init__(self, engine: VirtualEngine, policy: Policy | None = None) -> None:
         self.engine = engine
         self.clock = engine.clock
-        self.scheduler = Scheduler(engine.caps, policy or Policy(max_delay=1e9))
+        self.scheduler = Scheduler(engine.caps, policy or UNHURRIED)
         self.requests: dict[Listener, Request] = {}
         self._woken = True
 
     @property
     def resting(self) -> bool:
         """The runner would wait here: nothing is to be done until something changes."""
-        deadline = self.scheduler.next_deadline
-        return not self._woken and (deadline is None or self.clock.now < deadline)
+        moments = (self.scheduler.next_expiry, self.scheduler.wakes_at)
+        return not self._woken and all(moment is None or self.clock.now < moment for moment in moments)
 
     def submit(
         self,
@@ -453,18 +465,18 @@ class World:
         max_rows: int = 2,
         deadline: float | None = None,
         window: int = 1_000_000,
-        closed: bool = True,
+        **options: Any,
     ) -> Listener:
         listener = Listener(self.engine, segments, window)
         listener.wake = self._wake
-        request = Request(segments, listener, max_rows, deadline, closed=closed)
-        self.scheduler.submit(request, self.clock.now)
+        request = Request(segments, listener, max_rows, deadline, **options)
+        self.deliver(self.scheduler.submit(request, self.clock.now))
         self.requests[listener] = request
         self._wake()
         return listener
 
-    def say(self, *steps: int, max_rows: int = 2, window: int = 1_000_000) -> Listener:
-        return self.submit(self.engine.segments(*steps), max_rows=max_rows, window=window)
+    def say(self, *steps: int, **options: Any) -> Listener:
+        return self.submit(self.engine.segments(*steps), **options)
 
     def extend(self, listener: Listener, segments: Sequence[Segment]) -> None:
         listener.extend(segments)
@@ -484,13 +496,13 @@ class World:
         if self.resting:
             return None
         self._woken = False
-        self._deliver(self.scheduler.complete() + self.scheduler.expire(self.clock.now))
+        self.deliver(self.scheduler.complete() + self.scheduler.expire(self.clock.now))
         plan = self.scheduler.plan(self.clock.now)
         if plan.empty and not self.scheduler.waits_for_report:
             return None
         outcome = self._run_engine(plan)
         meanwhile()
-        self._deliver(outcome())
+        self.deliver(outcome())
         self._wake()
         return plan
 
@@ -503,8 +515,11 @@ class World:
         for count in range(limit):
             for listener in self.requests:
                 listener.take_all()
-            if self.tick() is None and self.resting:
+            if self.tick() is not None or not self.resting:
+                continue
+            if (wakes_at := self.scheduler.wakes_at) is None:
                 return count
+            self.clock.now = wakes_at
         raise AssertionError("it never comes to rest")
 
     def _wake(self) -> None:
@@ -512,13 +527,14 @@ class World:
 
     def _run_engine(self, plan: Plan) -> Callable[[], list[Delivery]]:
         try:
-            return partial(self.scheduler.apply, self.engine.run(plan))
+            report = self.engine.run(plan)
         except EngineOutOfMemoryError:
-            return partial(self.scheduler.out_of_memory, plan)
+            return lambda: self.scheduler.out_of_memory(plan, self.clock.now)
         except EngineBrokenError:
-            return self.scheduler.engine_failed
+            return partial(self.scheduler.engine_failed, plan)
+        return lambda: self.scheduler.apply(report, self.clock.now)
 
-    def _deliver(self, deliveries: Iterable[Delivery]) -> None:
+    def deliver(self, deliveries: Iterable[Delivery]) -> None:
         for request, event in deliveries:
             request.reader.put(event)
             if isinstance(event, RequestEnded | RequestFailed):

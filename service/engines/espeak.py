@@ -440,6 +440,7 @@ def _caps(processes: int) -> Caps:
         lookahead_steps=0,
         predict=predict,
         step_seconds=_step_seconds(_cores()),
+        prefill_seconds=lambda tokens: 0.0,
     )
 
 

@@ -165,6 +165,7 @@ class ToneEngine:
             lookahead_steps=settings.lookahead_steps,
             predict=self._predict,
             step_seconds=lambda rows: self._step_ms(rows, rows * TYPICAL_KV) / 1000,
+            prefill_seconds=lambda tokens: (settings.prefill_base_ms + settings.prefill_token_ms * tokens) / 1000,
         )
 
     @property
