@@ -6,16 +6,13 @@ tick, and a request's rows are vocoded in their order as far as its reader has c
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from collections.abc import Mapping, Sequence
 
 from batcher.admission import Admission
-from batcher.blocks import Blocks
 from batcher.ceiling import Ceiling
 from batcher.counters import Counters, Deaf, Observer
 from batcher.due import DueDates
-from batcher.engine import Caps, EndReason, Join, Pcm, Plan, Report, RowRef, RowReport, Segment, Vocode
+from batcher.engine import Caps, EndReason, Join, Pcm, Plan, Report, RowReport, Segment
 from batcher.errors import (
     BatcherError,
     DeadlinePassedError,
@@ -26,10 +23,11 @@ from batcher.errors import (
     RowFailedError,
 )
 from batcher.estimate import Estimator
+from batcher.expiry import Expiry
 from batcher.grouping import group_by_length, padding
+from batcher.playback import Playback
 from batcher.policy import Mode, Policy
 from batcher.request import (
-    NEVER,
     Audio,
     Event,
     Priority,
@@ -39,15 +37,14 @@ from batcher.request import (
     Row,
     SegmentEnded,
 )
-from batcher.slots import Slots
+from batcher.roster import Roster
 from batcher.static import StaticBatches
+from batcher.vocoding import Vocoding
 from batcher.waiting import Waiting
 from batcher.work import Work
 
 BYTES_PER_SAMPLE = 2
 
-AUDIBLE_SECONDS = 0.001
-"""A shorter gap is none."""
 
 INTERACTIVE_ONLY = (Priority.INTERACTIVE,)
 EVERYBODY = (Priority.INTERACTIVE, Priority.BATCH)
@@ -62,29 +59,19 @@ class Scheduler:
         self.caps = caps
         self.policy = policy
         self.counters = Counters()
-        self._observer = observer or Deaf()
         self._estimator = Estimator(caps)
-        self._blocks = Blocks(policy.first_block_steps, policy.block_steps)
         self._ceiling = Ceiling(caps, policy)
-        self._slots = Slots(caps.slots)
         self._work = Work()
         self._due = DueDates(caps, policy, self._work)
         self._admission = Admission(caps, policy, self._work)
         self._waiting = Waiting()
         self._static = StaticBatches(policy) if policy.mode is Mode.STATIC else None
+        self._roster = Roster(caps.slots)
+        self._vocoding = Vocoding(caps, policy, self._due)
+        self._playback = Playback(caps.sample_rate_hertz, self.counters, observer or Deaf())
+        self._expiry = Expiry()
         self._requests: set[Request] = set()
-        self._rows: dict[int, Row] = {}
-        """All that the engine knows."""
-        self._running: dict[int, Row] = {}
-        """Those that hold a slot."""
-        self._opening: dict[Row, None] = {}
-        """Those of streams whose first block is not asked for yet."""
-        self._batch_running = 0
-        self._leaving: list[tuple[RowRef, int]] = []
         self._closed: list[Request] = []
-        self._ends: list[tuple[float, int, Request]] = []
-        """A heap of the moments at which requests are given up."""
-        self._numbers = itertools.count()
         self._speed = self._admission.speed(self._ceiling.rows)
 
     # -- what a tick is made of ---------------------------------------------------------------------------------------
@@ -92,24 +79,21 @@ class Scheduler:
     def plan(self, now: float) -> Plan:
         """The next tick: who leaves, who joins, whose samples are made, how far all step."""
         self._recover(now)
-        leaves = self._leave()
+        leaves = self._roster.leave()
         joins = self._join(now)
-        vocode = self._vocode()
+        vocode = self._vocoding.choose(self._roster.rows.values(), self._ceiling.vocode)
         steps = self._steps()
-        self.counters.ticks += 1
-        self.counters.steps += steps
-        self.counters.row_steps += steps * len(self._running)
+        self._count_tick(steps)
         return Plan(leaves, joins, steps, vocode)
 
     def apply(self, report: Report, now: float) -> list[Delivery]:
         """Takes in what a tick did, and says what to deliver."""
         deliveries: list[Delivery] = []
         for row_report in report.rows:
-            row = self._rows.get(row_report.ref.row)
-            if row is None or row.ref != row_report.ref:
+            if (row := self._roster.find(row_report.ref)) is None:
                 self.counters.stale_reports += 1
-                continue
-            deliveries += self._apply_row(row, row_report, now)
+            else:
+                deliveries += self._apply_row(row, row_report, now)
         return deliveries
 
     def complete(self) -> list[Delivery]:
@@ -121,17 +105,14 @@ class Scheduler:
     def expire(self, now: float) -> list[Delivery]:
         """Ends the requests whose deadline has passed, and those that wait and can no more be in time."""
         deliveries: list[Delivery] = []
-        while self._ends and self._ends[0][0] <= now:
-            _, _, request = heapq.heappop(self._ends)
-            if request.over:
-                continue
+        for request in self._expiry.due(now):
             if request.deadline is not None and request.deadline <= now:
                 self._count_expired(request)
                 deliveries += self._fail(request, DeadlinePassedError("the deadline passed"))
             elif request.first_join is None:
                 deliveries += self._fail(request, self._hopeless(request, now))
             elif request.deadline is not None:
-                self._give_up_at(request, request.deadline)
+                self._expiry.add(request, request.deadline)
         return deliveries
 
     # -- requests come and go -----------------------------------------------------------------------------------------
@@ -153,7 +134,8 @@ class Scheduler:
         for row in rows:
             self._work.wait(row)
         self._queue(request)
-        self._give_up_at(request, self._last_chance(request))
+        if (last_chance := self._last_chance(request)) is not None:
+            self._expiry.add(request, last_chance)
         return deliveries
 
     def extend(self, request: Request, segments: Sequence[Segment]) -> None:
@@ -179,7 +161,7 @@ class Scheduler:
     def fail_all(self, error: BatcherError) -> list[Delivery]:
         """Ends every request. The engine has no rows any more, so nobody need leave it."""
         deliveries = [delivery for request in list(self._requests) for delivery in self._fail(request, error)]
-        self._free_leaving()
+        self._roster.empty_leaving()
         return deliveries
 
     def engine_failed(self, plan: Plan) -> list[Delivery]:
@@ -188,13 +170,14 @@ class Scheduler:
         To blame are those that had just joined, or all if nobody had.
         """
         self.counters.engine_failures += 1
-        joined = {join.ref.row for group in plan.joins for join in group} & self._rows.keys()
-        lost = [(row, not joined or number in joined) for number, row in self._rows.items()]
-        for row, _ in lost:
-            self._free(row)
-        self._free_leaving()
+        joined = [row for group in plan.joins for join in group if (row := self._roster.find(join.ref)) is not None]
+        lost = list(self._roster.rows.values())
+        for row in lost:
+            self._roster.forget(row)
+        self._roster.empty_leaving()
         error = EngineFailedError("the engine failed")
-        return [delivery for row, blamed in lost for delivery in self._try_again(row, blamed, error)]
+        blamed = joined or lost
+        return [delivery for row in lost for delivery in self._try_again(row, row in blamed, error)]
 
     def out_of_memory(self, plan: Plan, now: float) -> list[Delivery]:
         """Takes back a plan of which nothing was done, and asks for less from now on.
@@ -202,22 +185,21 @@ class Scheduler:
         Who joined is put back. If nobody did, fewer rows are vocoded at once; if it was not that, the newest leaves.
         """
         self.counters.out_of_memory += 1
-        self._leaving += [(ref, self.counters.ticks) for ref in plan.leaves]
+        self._roster.leave_again(plan.leaves)
         for vocode in plan.vocode:
-            if row := self._rows.get(vocode.ref.row):
-                row.vocode_asked = row.vocoded
-                self._set_vocode_at(row)
+            if row := self._roster.find(vocode.ref):
+                self._vocoding.take_back(row)
         if plan.joins:
-            joined = [row for group in plan.joins for join in group if (row := self._rows.get(join.ref.row))]
+            joined = [row for group in plan.joins for join in group if (row := self._roster.find(join.ref)) is not None]
             for row in joined:
-                self._free(row)
+                self._roster.forget(row)
             return self._shrink(joined, now)
         if len(plan.vocode) > 1:
             self._ceiling.lower_vocode(now)
             return []
-        newest = list(self._rows.values())[-1:]
+        newest = list(self._roster.rows.values())[-1:]
         for row in newest:
-            self._leave_soon(row)
+            self._roster.leave_soon(row)
         return self._shrink(newest, now)
 
     # -- what is seen from outside ------------------------------------------------------------------------------------
@@ -225,7 +207,7 @@ class Scheduler:
     @property
     def waits_for_report(self) -> bool:
         """The engine owes samples that an earlier plan asked for."""
-        return any(row.vocode_asked > row.vocoded for row in self._rows.values())
+        return any(row.vocode_asked > row.vocoded for row in self._roster.rows.values())
 
     @property
     def requests(self) -> int:
@@ -240,12 +222,12 @@ class Scheduler:
     @property
     def rows(self) -> int:
         """Rows that hold a slot."""
-        return len(self._running)
+        return len(self._roster.running)
 
     @property
     def parked(self) -> int:
         """Rows that have ended and of which samples are yet to be made."""
-        return len(self._rows) - len(self._running)
+        return self._roster.parked
 
     @property
     def max_rows(self) -> int:
@@ -255,14 +237,12 @@ class Scheduler:
     @property
     def slots_free(self) -> int:
         """Slots that a row could join now."""
-        return self._slots.free
+        return self._roster.slots_free
 
     @property
     def next_expiry(self) -> float | None:
         """When `expire` next has something to look at."""
-        while self._ends and self._ends[0][2].over:
-            heapq.heappop(self._ends)
-        return self._ends[0][0] if self._ends else None
+        return self._expiry.next
 
     @property
     def wakes_at(self) -> float | None:
@@ -284,11 +264,6 @@ class Scheduler:
     def _recover(self, now: float) -> None:
         self._ceiling.recover(now)
         self._speed = self._admission.speed(self._ceiling.rows)
-
-    def _leave(self) -> tuple[RowRef, ...]:
-        leaves = tuple(ref for ref, _ in self._leaving)
-        self._free_leaving()
-        return leaves
 
     def _join(self, now: float) -> tuple[tuple[Join, ...], ...]:
         groups = group_by_length(self._choose(now))
@@ -315,87 +290,46 @@ class Scheduler:
 
     def _choose_static(self, batches: StaticBatches, now: float) -> list[Row]:
         """Seats a batch of similar rows, once it is complete and nobody runs."""
-        if self._running:
+        if self._roster.running:
             return []
-        chosen = batches.choose(self._waiting, min(self._slots.free, self._ceiling.rows), now)
+        chosen = batches.choose(self._waiting, self._room(), now)
         return [self._seat(row, due, now) for due, row in chosen]
 
     def _room(self) -> int:
-        return min(self._slots.free, self._ceiling.rows - len(self._running))
+        return min(self._roster.slots_free, self._ceiling.rows - len(self._roster.running))
 
     def _admitted(self) -> Sequence[Priority]:
         """The classes that may take a slot: batch work leaves some to interactive work."""
         kept = int(self.policy.interactive_share * self._ceiling.rows)
-        return EVERYBODY if self._batch_running < max(1, self._ceiling.rows - kept) else INTERACTIVE_ONLY
+        return EVERYBODY if self._roster.batch_running < max(1, self._ceiling.rows - kept) else INTERACTIVE_ONLY
 
     def _seat(self, row: Row, due: float, now: float) -> Row:
         request = row.request
         self._count_dispatch(request, row, due, now)
         self._work.start(row)
-        row.ref = self._slots.seat()
-        self._rows[row.ref.row] = self._running[row.ref.row] = row
-        self._batch_running += request.priority is Priority.BATCH
+        self._roster.seat(row)
+        self._vocoding.note(row)
         if request.first_join is None:
             request.first_join = now
         self._waiting.discard(request)
         self._queue(request)
-        self._set_vocode_at(row)
-        if request.stream and row is request.head:
-            self._opening[row] = None
         return row
-
-    def _vocode(self) -> tuple[Vocode, ...]:
-        """Blocks of samples that are final and that readers have credit for, the most urgent first."""
-        ready = [row for row in self._rows.values() if row.steps_done >= row.vocode_at]
-        if len(ready) > self._ceiling.vocode:
-            ready.sort(key=lambda row: self._due.audio(row.request))
-        asks = ((row, to_step) for row in ready if (to_step := self._vocode_to(row)) > row.vocode_asked)
-        return tuple(self._ask(row, to_step) for row, to_step in itertools.islice(asks, self._ceiling.vocode))
-
-    def _vocode_to(self, row: Row) -> int:
-        """The end of the last block that is final and that the reader has credit for."""
-        request = row.request
-        wanted = row.steps_done if row.ended else self._blocks.last(row.steps_done - self.caps.lookahead_steps)
-        # Set before the credit is read: a reader that takes audio after this reading sees it and wakes us.
-        request.reader.starved = True
-        allowed = (request.reader.samples - request.segment_start) // self.caps.samples_per_step
-        if wanted <= allowed:
-            request.reader.starved = False
-            return wanted
-        request.held_back = True
-        return self._blocks.last(allowed)
-
-    def _ask(self, row: Row, to_step: int) -> Vocode:
-        assert row.ref is not None
-        row.vocode_asked = to_step
-        self._opening.pop(row, None)
-        self._set_vocode_at(row)
-        return Vocode(row.ref, to_step)
-
-    def _set_vocode_at(self, row: Row) -> None:
-        """Notes how far a row must come for its next block. Only a request's first unfinished row has a next one."""
-        if row is not row.request.head:
-            row.vocode_at = NEVER
-        elif row.ended:
-            row.vocode_at = 0 if row.vocode_asked < row.steps_done else NEVER
-        else:
-            row.vocode_at = self._blocks.after(row.vocode_asked) + self.caps.lookahead_steps
 
     def _steps(self) -> int:
         """As many as fit a tick, but none beyond those that a stream's first samples wait for."""
-        if not self._running:
+        if not self._roster.running:
             return 0
-        seconds = self.caps.step_seconds(len(self._running))
+        seconds = self.caps.step_seconds(len(self._roster.running))
         most = self.policy.max_steps_per_tick
         steps = min(most, int(self.policy.tick_seconds / seconds)) if seconds > 0 else most
-        first_audio = min((row.vocode_at - row.steps_done for row in self._opening), default=most)
-        return max(1, min(steps, first_audio))
+        opening = (row.vocode_at - row.steps_done for row in self._roster.opening if not row.vocode_asked)
+        return max(1, min((steps, *opening)))
 
     # -- apply --------------------------------------------------------------------------------------------------------
 
     def _apply_row(self, row: Row, report: RowReport, now: float) -> list[Delivery]:
         if report.error is not None:
-            self._free(row)
+            self._roster.forget(row)
             return self._fail(row.request, RowFailedError(report.error))
         if report.steps_done > row.steps_done:
             self._work.progress(row, report.steps_done - row.steps_done)
@@ -413,10 +347,8 @@ class Scheduler:
         if reason is EndReason.COMPLETE:
             self._estimator.learn(row.segment, row.steps_done)
         self._work.drop(row)
-        self._unseat(row)
-        assert row.ref is not None
-        self._slots.release(row.ref)
-        self._set_vocode_at(row)
+        self._roster.end(row)
+        self._vocoding.note(row)
 
     def _deliver(self, row: Row, pcm: Pcm, now: float) -> list[Delivery]:
         """A row's samples become the request's next ones. With a gap they would be wrong: then the request fails."""
@@ -425,28 +357,15 @@ class Scheduler:
             return self._fail(request, RowFailedError("the engine's samples have a gap"))
         audio = Audio(pcm.data, request.samples)
         samples = len(pcm.data) // BYTES_PER_SAMPLE
-        self._watch_playback(request, now)
+        self._playback.more_comes(request, now)
+        if not request.samples and request.stream:
+            self._queue_anew(request)
+        self._roster.opening.pop(row, None)
         row.samples += samples
         request.samples += samples
         self.counters.samples += samples
         row.vocoded = pcm.to_step
         return [(request, audio)]
-
-    def _watch_playback(self, request: Request, now: float) -> None:
-        """Notes when a listener begins to hear, and every gap since. A slow reader's own pauses are none."""
-        if request.playback_started is None:
-            request.playback_started = now
-            if request.stream:
-                self._observer.first_audio(now - request.arrived)
-                self._queue_anew(request)
-            return
-        gap = now - request.playback_started - request.samples / self.caps.sample_rate_hertz
-        if gap > AUDIBLE_SECONDS:
-            request.playback_started += gap
-            if request.stream and not request.held_back:
-                self.counters.underruns += 1
-                self._observer.underrun(gap)
-        request.held_back = False
 
     def _advance(self, request: Request) -> list[Delivery]:
         """Moves past the rows at the head of which nothing more will come."""
@@ -457,12 +376,12 @@ class Scheduler:
             request.index += 1
             request.segment_start = request.samples
             if row.ref is not None:
-                del self._rows[row.ref.row]
+                del self._roster.rows[row.ref.row]
         if request.delivered:
             deliveries.append((request, self._finish(request)))
             return deliveries
         if request.head is not None and request.head.ref is not None:
-            self._set_vocode_at(request.head)
+            self._vocoding.note(request.head)
         self._release_more(request)
         return deliveries
 
@@ -477,11 +396,11 @@ class Scheduler:
     def _admit(self, request: Request, now: float) -> list[Delivery]:
         """Checks the bounds. Who has less than its share comes in, in the stead of the greediest tenant's newest."""
         try:
-            if len(self._waiting) >= self.policy.max_waiting or self.parked >= self.policy.max_parked:
+            if len(self._waiting) >= self.policy.max_waiting or self._roster.parked >= self.policy.max_parked:
                 raise QueueFullError(self.policy.tick_seconds)
             delay = self._admission.delay(request, self._speed)
             victims = self._victims(request, delay) if delay else []
-            self._admission.check_in_time(request, now, self._wait(request), len(self._running))
+            self._admission.check_in_time(request, now, self._wait(request), len(self._roster.running))
         except BatcherError as refusal:
             self.counters.refused[_REFUSALS[type(refusal)]] += 1
             raise
@@ -508,13 +427,13 @@ class Scheduler:
         """Seconds until a newcomer's first row joins."""
         if len(self._waiting) < self._room():
             return 0.0
-        return self._admission.wait(request.priority, len(self._running), self._speed)
+        return self._admission.wait(request.priority, len(self._roster.running), self._speed)
 
     def _last_chance(self, request: Request) -> float | None:
         """When a request that still waits is given up."""
         chances = []
         if request.deadline is not None:
-            chances.append(request.deadline - self._admission.own_seconds(request, len(self._running)))
+            chances.append(request.deadline - self._admission.own_seconds(request, len(self._roster.running)))
         if request.stream:
             chances.append(request.arrived + self.policy.first_audio_limit)
         return min(chances, default=None)
@@ -525,10 +444,6 @@ class Scheduler:
             return FirstAudioUnreachableError(self._wait(request))
         self._count_expired(request)
         return DeadlineUnreachableError("the deadline can no more be met")
-
-    def _give_up_at(self, request: Request, moment: float | None) -> None:
-        if moment is not None:
-            heapq.heappush(self._ends, (moment, next(self._numbers), request))
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -556,8 +471,8 @@ class Scheduler:
 
     def _shrink(self, rows: Sequence[Row], now: float) -> list[Delivery]:
         """Puts rows back that found no memory, and lets no more run than still do. To blame is who was alone."""
-        blamed = not self._running and len(rows) == 1
-        self._ceiling.lower_rows(len(self._running), now)
+        blamed = not self._roster.running and len(rows) == 1
+        self._ceiling.lower_rows(len(self._roster.running), now)
         error = EngineFailedError("out of memory")
         return [delivery for row in rows for delivery in self._try_again(row, blamed, error)]
 
@@ -583,33 +498,6 @@ class Scheduler:
             self._waiting.discard(request)
             self._queue(request)
 
-    def _free(self, row: Row) -> None:
-        """The engine has forgotten a row: its slot is free."""
-        assert row.ref is not None
-        self._unseat(row)
-        self._rows.pop(row.ref.row, None)
-        self._slots.release(row.ref)
-
-    def _leave_soon(self, row: Row) -> None:
-        """A row leaves with the next plan, and its slot is free then."""
-        assert row.ref is not None
-        self._unseat(row)
-        self._rows.pop(row.ref.row, None)
-        self._leaving.append((row.ref, self.counters.ticks))
-
-    def _unseat(self, row: Row) -> None:
-        """A row runs no more."""
-        assert row.ref is not None
-        self._opening.pop(row, None)
-        if self._running.pop(row.ref.row, None) is not None:
-            self._batch_running -= row.request.priority is Priority.BATCH
-
-    def _free_leaving(self) -> None:
-        for ref, asked_at in self._leaving:
-            self.counters.cancel_ticks_max = max(self.counters.cancel_ticks_max, self.counters.ticks - asked_at)
-            self._slots.release(ref)
-        self._leaving.clear()
-
     # -- endings ------------------------------------------------------------------------------------------------------
 
     def _fail(self, request: Request, error: BatcherError) -> list[Delivery]:
@@ -624,13 +512,19 @@ class Scheduler:
         self._waiting.discard(request)
         for row in request.current:
             self._work.drop(row)
-            if row.ref is not None and row.ref.row in self._rows:
+            if row.ref is not None and row.ref.row in self._roster.rows:
                 self.counters.dropped_steps += row.steps_done
-                self._leave_soon(row)
+                self._roster.leave_soon(row)
         request.current.clear()
         request.later.clear()
 
     # -- counts -------------------------------------------------------------------------------------------------------
+
+    def _count_tick(self, steps: int) -> None:
+        self.counters.ticks += 1
+        self.counters.steps += steps
+        self.counters.row_steps += steps * len(self._roster.running)
+        self.counters.cancel_ticks_max = self._roster.longest_leave
 
     def _count_dispatch(self, request: Request, row: Row, due: float, now: float) -> None:
         self.counters.joins += 1

@@ -89,11 +89,9 @@ class Pipeline:
     def _metadata(self) -> Metadata:
         """What a backend is told of the caller. Nothing of the caller's own metadata passes."""
         call = current_call()
-        told: Metadata = (
-            (REQUEST_ID, call.request_id),
-            (PRIORITY, call.priority),
-            (INTERNAL_TENANT, call.tenant),
-        )
+        told: Metadata = ((REQUEST_ID, call.request_id), (INTERNAL_TENANT, call.tenant))
+        if call.priority != "interactive":
+            told += ((PRIORITY, call.priority),)
         if self._settings.secret is not None:
             told += ((INTERNAL_SECRET, self._settings.secret.get_secret_value()),)
         return told

@@ -244,6 +244,20 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(stack: Stack) ->
     assert service.metric("chorus_batcher_submitted_total") == 1  # the warm-up
 
 
+async def test_a_priority_is_one_of_two(pair: tuple[Server, Server]) -> None:
+    service, gateway = pair
+    for server in pair:
+        speech = Door(server).speech
+        failed = await failure(speech.Synthesize(text_request("hi"), metadata=[("x-chorus-priority", "high")]))
+        assert (failed.code, failed.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["x-chorus-priority"])
+    before = service.metric("chorus_batcher_dispatched_total")
+    batch = 'chorus_batcher_dispatched_total{reason="batch"} '
+    assert batch + "0.0" in metrics_text(service)
+    await Door(gateway).speech.Synthesize(text_request("hi"), metadata=[("x-chorus-priority", "batch")])
+    assert batch + "1.0" in metrics_text(service)
+    assert service.metric("chorus_batcher_dispatched_total") == before + 1
+
+
 @pytest.mark.asyncio(loop_scope="function")
 async def test_a_call_without_a_deadline_gets_the_default(stack: Stack) -> None:
     service, gateway = await stack.pair(limits_deadline_default=0.5, **HOLD)
@@ -295,6 +309,7 @@ async def test_what_a_backend_is_told(stack: Stack) -> None:
         gateway = await stack.gateway(gateway_backends=address, secret="between-us", **limits)
         door = Door(gateway)
         mine = [("x-request-id", "mine-1"), ("x-api-key", "k"), ("x-chorus-internal-tenant", "me"), ("x-other", "o")]
+        mine.append(("x-chorus-priority", "batch"))
         for timeout, passed in ((None, 300), (300, 200), (9000, 500)):
             await door.voices.GetVoice(tts_pb2.GetVoiceRequest(), metadata=mine, timeout=timeout)
             assert recorder.remaining is not None
@@ -303,6 +318,7 @@ async def test_what_a_backend_is_told(stack: Stack) -> None:
         told = {key: value for key, value in recorder.metadata if key.startswith("x-")}
         assert told == {
             "x-request-id": "mine-1",
+            "x-chorus-priority": "batch",
             "x-chorus-internal-tenant": "anyone",
             "x-chorus-internal-secret": "between-us",
         }

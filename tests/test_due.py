@@ -210,7 +210,7 @@ def test_a_gap_that_a_listener_hears_is_counted_once_and_moves_its_playback() ->
     engine = VirtualEngine(slots=1, step_seconds=lambda rows: STEP / 2)
     heard: list[float] = []
     world = World(engine, replace(UNHURRIED, max_steps_per_tick=1))
-    world.scheduler._observer = Gaps(heard)
+    world.scheduler._playback._observer = Gaps(heard)
     world.say(10, 10, stream=True)
     world.ticks(6)
     world.clock.now += 1.0

@@ -278,7 +278,7 @@ class AnythingHappens(RuleBasedStateMachine):
 
     def check_seats(self) -> None:
         """A row holds a slot until its end is known, and no longer, whoever reads or does not."""
-        leaving = {ref.row for ref, _ in self.scheduler._leaving}
+        leaving = {ref.row for ref, _ in self.scheduler._roster._leaving}
         holding = [row for row, number in self.engine.open.items() if number in self.alive and row not in leaving]
         assert self.scheduler.rows == len(holding)
         assert self.scheduler.rows <= self.engine.caps.max_rows
