@@ -187,7 +187,11 @@ class ToneSettings(Section):
     """For each tick that vocodes."""
     vocode_step_ms: Seconds = 0.0
     """For each step vocoded."""
+    typical_kv: Count = 250
+    """Tokens of KV that a row is taken to have where the time of a step is foretold."""
     steps_per_character: Annotated[float, Field(gt=0)] = 10.0
+    length_sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """How far lengths scatter about what their texts let expect: sigma of a log-normal factor, drawn from the text."""
     lookahead_steps: Annotated[int, Field(ge=0)] = 0
     max_steps: Count = 2048
     trace: Path | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,7 @@ from batcher.engine import (
 from common.errors import StartupError
 from common.settings import ToneSettings
 from service.engines.base import SpeechEngine
-from service.engines.tone import PROMPT_TOKENS, ToneEngine, h200
+from service.engines.tone import ToneEngine, h200
 from service.engines.tone_code import (
     AMPLITUDE,
     BYTES_PER_STEP,
@@ -50,6 +52,7 @@ from service.engines.tone_code import (
     speech_crc,
     verify,
 )
+from service.engines.tone_cost import PROMPT_TOKENS, CostModel
 from service.engines.tone_faults import parse_faults
 
 ROOT = Path(__file__).parent.parent
@@ -327,6 +330,26 @@ def test_length_follows_text_speed_and_cap() -> None:
     ]
     assert tone.caps.predict(fast) == Prediction(PROMPT_TOKENS + 4, 4, 5)
     assert tone.caps.predict(Segment("x" * 99, "female1", "en-US")).steps_p90 == 10
+
+
+def test_lengths_scatter_about_what_texts_let_expect_and_are_always_the_same() -> None:
+    texts = [f"text {number:05}" for number in range(4000)]
+    costs = CostModel(ToneSettings(steps_per_character=10.0, length_sigma=0.2))
+    factors = [math.log(costs.steps(text) / costs.likely_steps(text)) for text in texts]
+    assert abs(statistics.mean(factors)) < 0.01
+    assert abs(statistics.stdev(factors) - 0.2) < 0.01
+    assert [costs.steps(text) for text in texts] == [costs.steps(text) for text in texts]
+    assert abs(costs.steps(texts[0], speed=2.0) - costs.steps(texts[0]) / 2) <= 1
+
+
+def test_a_row_gets_as_long_as_the_scatter_says_and_is_foretold_without_it() -> None:
+    text = "scattered"
+    settings = ToneSettings(steps_per_character=10.0, length_sigma=0.5)
+    tone = ToneEngine(settings)
+    steps = CostModel(settings).steps(text)
+    assert tone.caps.predict(Segment(text, "female1", "en-US")).steps_p50 == 90 != steps
+    (report,) = tone.run(Plan(joins=((join(ref(0), text),),), steps=2000)).rows
+    assert (report.steps_done, report.ended) == (steps, EndReason.COMPLETE)
 
 
 def test_a_trace_gives_lengths_in_the_order_of_joining(tmp_path: Path) -> None:

@@ -32,14 +32,11 @@ from common.errors import StartupError
 from common.settings import ToneSettings
 from service.engines.tone_card import Card
 from service.engines.tone_code import BYTES_PER_STEP, SAMPLES_PER_STEP, Identity, RowCode, Span, encode_spans, row_code
+from service.engines.tone_cost import CostModel, prompt_tokens
 from service.engines.tone_faults import Faults, parse_faults
 from service.voices import VOICES
 
 SAMPLE_RATE_HERTZ = 24_000
-PROMPT_TOKENS = 16
-"""Tokens of a prompt besides its text, which has one a character."""
-TYPICAL_KV = 250
-"""Tokens of KV a row, for `Caps.step_seconds`."""
 
 
 def h200(slowdown: float = 1.0, slots: int = 256) -> ToneSettings:
@@ -149,6 +146,7 @@ class ToneEngine:
         """What all ticks cost by the model."""
         self.card = Card(settings.card, sleep, clock)
         self._settings = settings
+        self._costs = CostModel(settings)
         self._has_costs = any(value > 0 for name, value in settings if name.endswith("_ms"))
         self._trace = cycle(_read_trace(settings.trace)) if settings.trace else None
         self.faults = settings.faults
@@ -164,8 +162,8 @@ class ToneEngine:
             max_steps=settings.max_steps,
             lookahead_steps=settings.lookahead_steps,
             predict=self._predict,
-            step_seconds=lambda rows: self._step_ms(rows, rows * TYPICAL_KV) / 1000,
-            prefill_seconds=lambda tokens: (settings.prefill_base_ms + settings.prefill_token_ms * tokens) / 1000,
+            step_seconds=lambda rows: self._costs.step_ms(rows, rows * settings.typical_kv) / 1000,
+            prefill_seconds=lambda tokens: self._costs.prefill_ms(1, tokens) / 1000,
         )
 
     @property
@@ -241,8 +239,7 @@ class ToneEngine:
         for group in filter(None, groups):
             rows = [self._admit(join) for join in group]
             self.prefill_calls += 1
-            padded = len(rows) * max(row.prompt_tokens for row in rows)
-            tick.ms += self._settings.prefill_base_ms + self._settings.prefill_token_ms * padded
+            tick.ms += self._costs.prefill_ms(len(rows), max(row.prompt_tokens for row in rows))
             for row in rows:
                 row.advance(0)
                 self._settle(row, tick)
@@ -251,7 +248,7 @@ class ToneEngine:
         rows = list(self._holders.values()) if steps else []
         passes = [min(steps, row.passes_left) for row in rows]
         kv = sum(row.advance(taken) for row, taken in zip(rows, passes, strict=True))
-        tick.ms += self._settings.step_kv_ms * kv / 1000
+        tick.ms += self._costs.kv_ms(kv)
         for width in _widths(passes):
             tick.ms += self._forward(width)
         for row in rows:
@@ -264,7 +261,7 @@ class ToneEngine:
         if self._faults.at("step", self.step_calls, self.step_calls):
             raise RuntimeError(f"injected: forward pass {self.step_calls}")
         slow = self._faults.at("slow", self.step_calls, self.step_calls)
-        return self._step_ms(rows, 0) + (slow.ms if slow else 0.0)
+        return self._costs.pass_ms(rows) + (slow.ms if slow else 0.0)
 
     def _vocode(self, wishes: Sequence[Vocode], tick: _Tick) -> None:
         if len(wishes) > self.caps.max_vocode:
@@ -275,7 +272,7 @@ class ToneEngine:
         steps = sum(span.end - span.start for span in tick.spans.values())
         if steps:
             self.vocode_calls += 1
-            tick.ms += self._settings.vocode_base_ms + self._settings.vocode_step_ms * steps
+            tick.ms += self._costs.vocode_ms(steps)
 
     def _vocode_row(self, row: _Row, to_step: int, tick: _Tick) -> None:
         if not row.ended and to_step > max(0, row.done - self.caps.lookahead_steps):
@@ -314,7 +311,7 @@ class ToneEngine:
         return _Row(
             ref=ref,
             code=row_code(identity, steps),
-            prompt_tokens=_prompt_tokens(segment),
+            prompt_tokens=prompt_tokens(segment.text),
             steps=steps,
             reason=EndReason.COMPLETE if steps == wanted else EndReason.LENGTH,
             fails_at=fault.number if fault and fault.number <= steps else None,
@@ -327,18 +324,11 @@ class ToneEngine:
             return 0
         if self._faults.naming("long", segment.text):
             return self.caps.max_steps + 1
-        return self._length_by_text(segment) if traced is None else traced
-
-    def _length_by_text(self, segment: Segment) -> int:
-        return max(1, round(len(segment.text) * self._settings.steps_per_character / segment.controls.speed))
+        return self._costs.steps(segment.text, segment.controls.speed) if traced is None else traced
 
     def _predict(self, segment: Segment) -> Prediction:
-        steps = min(self._length_by_text(segment), self.caps.max_steps)
-        return Prediction(_prompt_tokens(segment), steps, min(math.ceil(1.25 * steps), self.caps.max_steps))
-
-    def _step_ms(self, rows: int, kv: int) -> float:
-        costs = self._settings
-        return costs.step_base_ms + costs.step_row_ms * rows + costs.step_kv_ms * kv / 1000
+        steps = min(self._costs.likely_steps(segment.text, segment.controls.speed), self.caps.max_steps)
+        return Prediction(prompt_tokens(segment.text), steps, min(math.ceil(1.25 * steps), self.caps.max_steps))
 
     def _check_memory(self, plan: Plan) -> None:
         if not self._faults.given:
@@ -403,10 +393,6 @@ def _row_report(row: _Row, ended: bool, pcm: bytes | None) -> RowReport:
 def _pcm(row: _Row, data: bytes) -> Pcm:
     start_step = row.vocoded - len(data) // BYTES_PER_STEP
     return Pcm(data=data, start_sample=start_step * SAMPLES_PER_STEP, to_step=row.vocoded)
-
-
-def _prompt_tokens(segment: Segment) -> int:
-    return PROMPT_TOKENS + len(segment.text)
 
 
 def _read_trace(path: Path) -> list[int]:
