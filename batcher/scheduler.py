@@ -81,7 +81,7 @@ class Scheduler:
         self._recover(now)
         leaves = self._roster.leave()
         joins = self._join(now)
-        vocode = self._vocoding.choose(self._roster.rows.values(), self._ceiling.vocode)
+        vocode = self._vocoding.choose(self._ceiling.vocode)
         steps = self._steps()
         self._count_tick(steps)
         return Plan(leaves, joins, steps, vocode)
@@ -334,6 +334,7 @@ class Scheduler:
         if report.steps_done > row.steps_done:
             self._work.progress(row, report.steps_done - row.steps_done)
             row.steps_done = report.steps_done
+            self._vocoding.advanced(row)
         if report.ended is not None:
             self._end_row(row, report.ended)
         deliveries = self._deliver(row, report.pcm, now) if report.pcm is not None else []
@@ -486,6 +487,7 @@ class Scheduler:
             return self._fail(request, error)
         self.counters.put_back += 1
         self._work.drop(row)
+        self._vocoding.drop(row)
         row.reset()
         self._work.wait(row)
         self._waiting.discard(request)
@@ -512,6 +514,7 @@ class Scheduler:
         self._waiting.discard(request)
         for row in request.current:
             self._work.drop(row)
+            self._vocoding.drop(row)
             if row.ref is not None and row.ref.row in self._roster.rows:
                 self.counters.dropped_steps += row.steps_done
                 self._roster.leave_soon(row)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 
 from batcher.blocks import Blocks
 from batcher.due import DueDates
@@ -19,14 +18,21 @@ class Vocoding:
         self._caps = caps
         self._blocks = Blocks(policy.first_block_steps, policy.block_steps)
         self._due = due
+        self._ready: dict[Row, None] = {}
+        """Rows with a block that is final, whether or not their readers have credit for it."""
 
-    def choose(self, rows: Iterable[Row], limit: int) -> tuple[Vocode, ...]:
-        """The blocks of at most so many rows."""
-        ready = [row for row in rows if row.steps_done >= row.vocode_at]
+    def choose(self, limit: int) -> tuple[Vocode, ...]:
+        """The next blocks of at most so many rows."""
+        ready = list(self._ready)
         if len(ready) > limit:
             ready.sort(key=lambda row: self._due.audio(row.request))
         asks = ((row, to_step) for row in ready if (to_step := self._as_far_as(row)) > row.vocode_asked)
         return tuple(self._ask(row, to_step) for row, to_step in itertools.islice(asks, limit))
+
+    def advanced(self, row: Row) -> None:
+        """A row has done more steps."""
+        if row.steps_done >= row.vocode_at:
+            self._ready[row] = None
 
     def note(self, row: Row) -> None:
         """Notes how far a row must come for its next block. Called when it joins, is asked for, ends or comes first."""
@@ -36,6 +42,12 @@ class Vocoding:
             row.vocode_at = 0 if row.vocode_asked < row.steps_done else NEVER
         else:
             row.vocode_at = self._blocks.after(row.vocode_asked) + self._caps.lookahead_steps
+        self._ready.pop(row, None)
+        self.advanced(row)
+
+    def drop(self, row: Row) -> None:
+        """Nothing of a row will be made any more."""
+        self._ready.pop(row, None)
 
     def take_back(self, row: Row) -> None:
         """What was asked for and is not there yet was not done."""

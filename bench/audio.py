@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import av
 import imageio_ffmpeg
@@ -33,7 +30,7 @@ from audio.formats import SERVED, Codec, Container, Format, resolve
 from audio.muxed import RECIPES, encoder_options, muxer_options
 from audio.resample import FILTER
 from batcher.engine import Join, Plan, RowRef, Segment, Vocode
-from bench.path import _commit
+from bench.report import metadata
 from common.settings import EspeakSettings
 from service.engines.espeak import SAMPLE_RATE_HERTZ, EspeakEngine
 
@@ -182,14 +179,10 @@ def _median(rounds: Sequence[Figures]) -> Figures:
 
 
 def _metadata(size: Size) -> dict[str, object]:
-    return {
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
+    return metadata() | {
         "av": av.__version__,
         "ffmpeg_in_av": av.ffmpeg_version_info,
         "ffmpeg": imageio_ffmpeg.get_ffmpeg_version(),
-        "cores": os.cpu_count() or 0,
         "rounds": size.rounds,
     }
 

@@ -17,20 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import grpc
 
 from bench.load import LoadGenerator, Tally, Window
-from bench.processes import ROOT, Server, Servers, free_address
+from bench.processes import Server, Servers, free_address
+from bench.report import metadata, quantile
 from common.settings import Settings, load_settings
 
 BYTES_PER_STEP = 1024
@@ -97,11 +95,11 @@ class Sample:
 
     def ms(self, share: float) -> float:
         """Milliseconds within which this share of the calls were over."""
-        return _quantile([time for tally in self.tallies for time in tally.totals], share) * 1000
+        return quantile([time for tally in self.tallies for time in tally.totals], share) * 1000
 
     def first_audio_ms(self, share: float) -> float:
         """Milliseconds within which this share of the calls had audio."""
-        return _quantile([time for tally in self.tallies for time in tally.first_audio], share) * 1000
+        return quantile([time for tally in self.tallies for time in tally.first_audio], share) * 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,34 +264,11 @@ def _settings(steps: int) -> Settings:
 
 
 def _metadata(size: Size, load_processes: int) -> dict[str, str | float]:
-    return {
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "grpcio": grpc.__version__,
-        "cores": os.cpu_count() or 0,
-        "load_processes": load_processes,
-        "rounds": size.rounds,
-    }
-
-
-def _commit() -> str:
-    """The commit, with `-dirty` where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return metadata() | {"grpcio": grpc.__version__, "load_processes": load_processes, "rounds": size.rounds}
 
 
 def _default_load_processes() -> int:
     return max(1, (os.cpu_count() or 1) // 2)
-
-
-def _quantile(values: Iterable[float], share: float) -> float:
-    """The value that this share of all are not above; 0 where there is none."""
-    ordered = sorted(values)
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
 
 
 def _table(report: Mapping[str, str | float]) -> str:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+
+
+def calm_garbage_collector() -> None:
+    """Called once all is imported. What lives now lives for ever, and calls make little that is circular."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def exit_with_parent(parent: int) -> None:

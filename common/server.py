@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import sys
 from collections.abc import Coroutine, Iterable
@@ -24,6 +23,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from common.calls import CallFrame, Identify
 from common.errors import StartupError
 from common.logs import logger
+from common.process import calm_garbage_collector
 from common.settings import LimitSettings, Settings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -129,9 +129,7 @@ def run(main: Coroutine[None, None, None]) -> None:
     """Runs a process's main coroutine on uvloop."""
     # An engine's thread shares the interpreter with the event loop: at the default of 5 ms each waits for the other.
     sys.setswitchinterval(SWITCH_SECONDS)
-    # What was imported lives for ever, and calls make little that is circular: looking for it less often costs nothing.
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    calm_garbage_collector()
     uvloop.run(main)
 
 
