@@ -118,7 +118,8 @@ class CallFrame(grpc.aio.ServerInterceptor):
             call.code = "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
             raise
         except Exception as error:
-            if context.cancelled() or context.done():  # what was sent to a caller who has left could only fail
+            # What is sent to a caller who has left can only fail, and may do so before gRPC says that it left.
+            if isinstance(error, grpc.aio.InternalError) or context.cancelled() or context.done():
                 call.code = "CANCELLED"
                 return
             scrubbed = self._scrub(call, error)

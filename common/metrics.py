@@ -43,6 +43,7 @@ FIRST_SAMPLES_SECONDS = Histogram(
 UNDERRUN_SECONDS = Histogram(
     "chorus_batcher_underrun_seconds", "Gaps that listeners of streams heard.", buckets=LATENCY_BUCKETS
 )
+TASKS = Gauge("chorus_tasks", "Tasks of the event loop.")
 BACKENDS_READY = Gauge("chorus_gateway_backend_ready", "1 while a backend is ready to speak.")
 
 

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as aio_health
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from common import metrics
 from common.calls import CallFrame, Identify
 from common.errors import StartupError
 from common.logs import logger
@@ -62,6 +63,8 @@ class Server:
         Raises:
             StartupError: the address is taken or means nothing.
         """
+        loop = asyncio.get_running_loop()
+        metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
         await self.set_serving(False)
         try:
             port = self.grpc.add_insecure_port(address)
