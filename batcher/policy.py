@@ -40,6 +40,8 @@ class Policy:
     max_steps_per_tick: int = 32
     prefill_tokens: int = 4096
     """Prompt tokens that may join in one tick."""
+    prefill_seconds: float = 0.1
+    """How long their prefill may take while others run: for so long nobody's audio goes on."""
     first_block_steps: int = 8
     """A row's first samples are made when so many steps are final; each later block is twice as long …"""
     block_steps: int = 24

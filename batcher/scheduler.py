@@ -275,18 +275,26 @@ class Scheduler:
         if self._static is not None:
             return self._choose_static(self._static, now)
         rows: list[Row] = []
-        tokens = 0
+        tokens, most = 0, self._prefill_tokens()
         while self._room() > 0 and (first := self._waiting.first(self._admitted())) is not None:
             due, request = first
             row = request.next_row
             assert row is not None
             tokens += row.prediction.prompt_tokens
             # What may have brought the engine down before is tried by itself.
-            if rows and (tokens > self._ceiling.prefill_tokens or row.attempts or rows[-1].attempts):
+            if rows and (tokens > most or row.attempts or rows[-1].attempts):
                 break
             self._seat(row, due, now)
             rows.append(row)
         return rows
+
+    def _prefill_tokens(self) -> int:
+        """Prompt tokens that may join now. While rows run, their audio goes on only after the prefill."""
+        tokens = self._ceiling.prefill_tokens
+        seconds = self.caps.prefill_seconds(tokens)
+        if not self._roster.running or seconds <= self.policy.prefill_seconds:
+            return tokens
+        return int(tokens * self.policy.prefill_seconds / seconds)
 
     def _choose_static(self, batches: StaticBatches, now: float) -> list[Row]:
         """Seats a batch of similar rows, once it is complete and nobody runs."""
@@ -398,7 +406,7 @@ class Scheduler:
         """Checks the bounds. Who has less than its share comes in, in the stead of the greediest tenant's newest."""
         try:
             if len(self._waiting) >= self.policy.max_waiting or self._roster.parked >= self.policy.max_parked:
-                raise QueueFullError(self.policy.tick_seconds)
+                raise QueueFullError(max(self.work_seconds / self._speed, self.policy.tick_seconds))
             delay = self._admission.delay(request, self._speed)
             victims = self._victims(request, delay) if delay else []
             self._admission.check_in_time(request, now, self._wait(request), len(self._roster.running))

@@ -162,6 +162,8 @@ class BatcherSettings(Section):
     """Audio that may lie ready for a reader who does not read."""
     prefill_tokens: Count = 4096
     """Prompt tokens that may join in one tick."""
+    prefill_seconds: PositiveSeconds = 0.1
+    """How long their prefill may take while other rows run, whose audio waits meanwhile."""
 
 
 class EspeakSettings(Section):

@@ -255,6 +255,20 @@ def test_a_tick_ends_where_a_streams_first_samples_are_ready() -> None:
     assert stream.received == 6 * SAMPLES_PER_STEP
 
 
+def test_a_prefill_does_not_hold_up_running_rows_for_long() -> None:
+    engine = VirtualEngine(slots=20)
+    engine.caps = replace(engine.caps, prefill_seconds=lambda tokens: tokens / 1000)
+    world = World(engine, replace(UNHURRIED, prefill_seconds=0.1, prefill_tokens=1000))
+    for _ in range(5):
+        world.submit([engine.segment(Script(steps=50, prompt_tokens=30))])
+    assert len(joined(world.tick())) == 5  # nobody runs yet who could be held up
+    for _ in range(5):
+        world.submit([engine.segment(Script(steps=50, prompt_tokens=30))])
+    assert len(joined(world.tick())) == 3  # 90 of 100 ms
+    world.submit([engine.segment(Script(steps=50, prompt_tokens=500))], stream=True)
+    assert [len(joined(world.tick())) for _ in range(2)] == [1, 2]  # one always may
+
+
 # ------------------------------------------------------------------------------------------------------------ static
 
 
