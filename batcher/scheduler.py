@@ -72,6 +72,7 @@ class Scheduler:
         self._expiry = Expiry()
         self._requests: set[Request] = set()
         self._closed: list[Request] = []
+        self._failures_in_a_row = 0
         self._speed = self._admission.speed(self._ceiling.rows)
 
     # -- what a tick is made of ---------------------------------------------------------------------------------------
@@ -88,6 +89,7 @@ class Scheduler:
 
     def apply(self, report: Report, now: float) -> list[Delivery]:
         """Takes in what a tick did, and says what to deliver."""
+        self._failures_in_a_row = 0
         deliveries: list[Delivery] = []
         for row_report in report.rows:
             if (row := self._roster.find(row_report.ref)) is None:
@@ -182,9 +184,11 @@ class Scheduler:
     def out_of_memory(self, plan: Plan, now: float) -> list[Delivery]:
         """Takes back a plan of which nothing was done, and asks for less from now on.
 
-        Who joined is put back. If nobody did, fewer rows are vocoded at once; if it was not that, the newest leaves.
+        Who joined is put back. If nobody did, fewer rows are vocoded at once; if it was not that, the same is tried
+        again, since the engine has given back what it could; and if that fails too, the newest row leaves.
         """
         self.counters.out_of_memory += 1
+        self._failures_in_a_row += 1
         self._roster.leave_again(plan.leaves)
         for vocode in plan.vocode:
             if row := self._roster.find(vocode.ref):
@@ -197,7 +201,9 @@ class Scheduler:
         if len(plan.vocode) > 1:
             self._ceiling.lower_vocode(now)
             return []
-        newest = list(self._roster.rows.values())[-1:]
+        if self._failures_in_a_row == 1:
+            return []
+        newest = sorted(self._roster.rows.values(), key=lambda row: not row.samples)[-1:]
         for row in newest:
             self._roster.leave_soon(row)
         return self._shrink(newest, now)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from batcher.ceiling import Ceiling
@@ -140,11 +142,37 @@ def test_fewer_rows_run_after_it_and_more_again_later() -> None:
     assert world.scheduler.rows == 16
 
 
-def test_out_of_memory_without_a_joining_row_lets_the_newest_wait() -> None:
+def test_out_of_memory_once_without_a_joining_row_changes_nothing() -> None:
+    world = World(VirtualEngine(), WHOLE)
+    listeners = [world.say(9), world.say(9)]
+    world.ticks(3)
+    fail(world, EngineOutOfMemoryError())
+    assert world.scheduler.max_rows == world.scheduler.caps.max_rows
+    world.drain()
+    assert all(listener.ended for listener in listeners)
+    assert world.scheduler.counters.put_back == 0
+
+
+def test_out_of_memory_again_lets_the_newest_wait_of_whom_nothing_was_heard() -> None:
+    world = World(VirtualEngine(slots=3), replace(WHOLE, first_block_steps=5))
+    older, newer, heard = world.say(9), world.say(9), world.say(9)
+    world.ticks(3)
+    world.scheduler._roster.rows[2].samples = 1  # the newest was heard
+    for _ in range(2):
+        fail(world, EngineOutOfMemoryError())
+    assert world.scheduler.max_rows == 2
+    assert [row.segment.seed for row in world.scheduler._roster.running.values()] == [0, 2]
+    world.scheduler._roster.rows[2].samples = 0
+    world.drain()
+    assert all(listener.ended for listener in (older, newer, heard))
+
+
+def test_out_of_memory_again_without_a_joining_row_lets_the_newest_wait() -> None:
     world = World(VirtualEngine(), WHOLE)
     older, newer = world.say(9), world.say(9)
     world.ticks(3)
-    fail(world, EngineOutOfMemoryError())
+    for _ in range(2):
+        fail(world, EngineOutOfMemoryError())
     assert world.scheduler.max_rows == 1
     assert world.scheduler.rows == 1
     plan = world.tick()
