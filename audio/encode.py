@@ -8,6 +8,7 @@ from typing import Self
 from audio.coders import Coder, G711Coder, PcmCoder
 from audio.formats import G711, Codec, Format
 from audio.frames import SAMPLE_BYTES
+from audio.mp3 import Mp3Coder
 from audio.muxed import MuxedCoder
 from audio.resample import Resampler
 
@@ -66,4 +67,6 @@ def costs_nothing(format: Format, engine_rate: int) -> bool:
 def _coder(format: Format) -> Coder:
     if format.codec is Codec.PCM_S16LE:
         return PcmCoder(format)
+    if format.codec is Codec.MP3:
+        return Mp3Coder(format)
     return G711Coder(format) if format.codec in G711 else MuxedCoder(format)

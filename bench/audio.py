@@ -27,6 +27,7 @@ import imageio_ffmpeg
 
 from audio.encode import Encoder
 from audio.formats import SERVED, Codec, Container, Format, resolve
+from audio.mp3 import QUALITY
 from audio.muxed import RECIPES, encoder_options, muxer_options
 from audio.resample import FILTER
 from batcher.engine import Join, Plan, RowRef, Segment, Vocode
@@ -142,6 +143,9 @@ def _command(format: Format) -> list[str]:
 
 
 def _codec(format: Format) -> list[str]:
+    if format.codec is Codec.MP3:
+        facts = {"compression_level:a": QUALITY, "b:a": format.bits_per_second, "write_xing": 0, "id3v2_version": 0}
+        return ["-c:a", "libmp3lame", *(f for k, v in facts.items() for f in (f"-{k}", str(v))), "-f", "mp3"]
     if format.codec not in RECIPES:
         codec = format.codec.name.lower() if format.codec is Codec.PCM_S16LE else f"pcm_{format.codec.name.lower()}"
         muxer = "wav" if format.container is Container.WAV else RAW_MUXERS[format.codec]
