@@ -47,12 +47,12 @@ SERVED: tuple[tuple[Container, Codec], ...] = (
 LOWEST_RATE, HIGHEST_RATE = 8_000, 48_000
 """Hertz. Codecs that are not in `RATES` take every rate between them."""
 
-_MPEG_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
+MPEG_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 
 RATES: dict[Codec, tuple[int, ...]] = {
     Codec.OPUS: (8_000, 12_000, 16_000, 24_000, 48_000),
-    Codec.MP3: _MPEG_RATES,
-    Codec.AAC: _MPEG_RATES,
+    Codec.MP3: MPEG_RATES,
+    Codec.AAC: MPEG_RATES,
     Codec.MULAW: (8_000,),
     Codec.ALAW: (8_000,),
 }
@@ -135,6 +135,23 @@ def resolve(container: Container | None, codec: Codec | None, rate: int, engine_
     if faults:
         raise FormatError(faults)
     return Format(wanted, coded, rate or default_rate(coded, engine_rate))
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a caller asks for, `None` and 0 meaning not set. What it comes to depends on the engine's rate."""
+
+    container: Container | None = None
+    codec: Codec | None = None
+    sample_rate_hertz: int = 0
+
+    def at(self, engine_rate: int) -> Format:
+        """The format in effect. Rate in hertz.
+
+        Raises:
+            FormatError: names every field that is wrong. Which ones does not depend on the engine's rate.
+        """
+        return resolve(self.container, self.codec, self.sample_rate_hertz, engine_rate)
 
 
 def serves_rate(codec: Codec, rate: int) -> bool:

@@ -12,7 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
-from batcher.counters import Observer
+from audio.budget import Budget
 from common.errors import StartupError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def call_seconds(method: str) -> Histogram:
     return CALL_SECONDS.labels(method)
 
 
-class BatcherObserver(Observer):
+class BatcherObserver:
     """Puts what a batcher tells into histograms."""
 
     def tick(self, seconds: float, rows: int) -> None:
@@ -113,6 +113,34 @@ class BatcherCollector(Collector):
 def watch_batcher(runner: Runner) -> None:
     """Shows a runner's state from now on."""
     REGISTRY.register(BatcherCollector(runner))
+
+
+class EncoderCollector(Collector):
+    """Shows the state of a process's encoders at the moment of a scrape."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+
+    def collect(self) -> Iterator[Metric]:
+        """The encoders' gauges and counters."""
+        budget = self._budget
+        yield GaugeMetricFamily("chorus_encoders_open", "Encoders that are open and cost anything.", budget.open)
+        yield GaugeMetricFamily("chorus_encoders_load", "Cores they need at the pace of real time.", budget.load)
+        yield GaugeMetricFamily("chorus_encoders_load_max", "Cores they may need.", budget.cores)
+        yield CounterMetricFamily("chorus_encoders_refused", "Speeches without room to encode them.", budget.refused)
+        for name, text, values in (
+            ("chorus_encoders_cpu_seconds", "CPU that encoding has used.", budget.cpu_seconds),
+            ("chorus_encoders_audio_seconds", "Audio that was encoded.", budget.audio_seconds),
+        ):
+            counter = CounterMetricFamily(name, text, labels=["codec"])
+            for codec, seconds in values.items():
+                counter.add_metric([codec.value.lower()], seconds)
+            yield counter
+
+
+def watch_encoders(budget: Budget) -> None:
+    """Shows the state of a process's encoders from now on."""
+    REGISTRY.register(EncoderCollector(budget))
 
 
 def serve_metrics(address: str) -> None:

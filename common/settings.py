@@ -90,6 +90,8 @@ class LimitSettings(Section):
     """Seconds that a call without a deadline gets."""
     deadline_max: PositiveSeconds = 3600.0
     """A longer deadline is cut to this."""
+    encoder_load: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.75
+    """The share of its cores that a process's encoders may need, all at the pace of real time; more are refused."""
 
 
 class ServiceSettings(Section):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
+from audio.background import CORES
+from audio.budget import Budget
 from common.logs import logger, set_up_logs
-from common.metrics import BACKENDS_READY, serve_metrics
+from common.metrics import BACKENDS_READY, serve_metrics, watch_encoders
 from common.server import Server, run
 from common.settings import Settings
 from gateway.backends import open_channel, watch
 from gateway.pipeline import Pipeline, identify
 from gateway.servicer import JobServicer, Servicer
+from gateway.transcoder import Transcoder
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 
 
@@ -30,8 +33,10 @@ async def serve(settings: Settings) -> None:
     serve_metrics(settings.gateway.metrics_listen)
     names = [service.full_name for service in tts_pb2.DESCRIPTOR.services_by_name.values()]
     server = Server(settings, names, identify)
+    encoders = Budget(settings.limits.encoder_load * CORES)
+    watch_encoders(encoders)
     async with open_channel(settings.gateway.backends, settings.limits) as channel:
-        _register(Servicer(Pipeline(settings), channel), server)
+        _register(Servicer(Pipeline(settings), Transcoder(encoders, settings.limits), channel), server)
         await server.start(settings.gateway.listen)
 
         async def follow(ready: bool) -> None:

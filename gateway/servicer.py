@@ -9,6 +9,7 @@ import grpc.aio
 from common.calls import Context
 from common.errors import Unimplemented
 from gateway.pipeline import Pipeline
+from gateway.transcoder import Transcoder
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 
 
@@ -19,28 +20,34 @@ class Servicer(
 ):
     """The same services as a backend's, so that a caller can go round the gateway."""
 
-    def __init__(self, pipeline: Pipeline, channel: grpc.aio.Channel) -> None:
+    def __init__(self, pipeline: Pipeline, transcoder: Transcoder, channel: grpc.aio.Channel) -> None:
         self._pipeline = pipeline
+        self._transcoder = transcoder
         self._speech: tts_pb2_grpc.TextToSpeechServiceAsyncStub = tts_pb2_grpc.TextToSpeechServiceStub(channel)
         self._voices: tts_pb2_grpc.VoiceServiceAsyncStub = tts_pb2_grpc.VoiceServiceStub(channel)
         self._info: tts_pb2_grpc.ServerInfoServiceAsyncStub = tts_pb2_grpc.ServerInfoServiceStub(channel)
 
     async def Synthesize(self, request: tts_pb2.SynthesizeRequest, context: Context) -> tts_pb2.SynthesizeResponse:
-        """Forwarded."""
-        response: tts_pb2.SynthesizeResponse = await self._pipeline.unary(self._speech.Synthesize, request, context)
-        return response
+        """Forwarded for plain samples, and encoded."""
+        return await self._transcoder.whole(
+            request, lambda plain: self._pipeline.unary(self._speech.Synthesize, plain, context)
+        )
 
     def StreamSynthesize(
         self, request: tts_pb2.StreamSynthesizeRequest, context: Context
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeResponse, None]:
-        """Forwarded."""
-        return self._pipeline.stream(self._speech.StreamSynthesize, request, context)
+        """Forwarded for plain samples, and encoded."""
+        return self._transcoder.stream(
+            request, lambda plain: self._pipeline.stream(self._speech.StreamSynthesize, plain, context)
+        )
 
     def StreamSynthesizeText(
         self, request: AsyncIterator[tts_pb2.StreamSynthesizeTextRequest], context: Context
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeTextResponse, None]:
-        """Forwarded, both ways as it comes."""
-        return self._pipeline.stream(self._speech.StreamSynthesizeText, request, context)
+        """Forwarded for plain samples, both ways as it comes, and encoded."""
+        return self._transcoder.dialogue(
+            request, lambda plain: self._pipeline.stream(self._speech.StreamSynthesizeText, plain, context)
+        )
 
     async def NormalizeText(
         self, request: tts_pb2.NormalizeTextRequest, context: Context

@@ -7,6 +7,8 @@ import time
 from dataclasses import fields
 from functools import partial
 
+from audio.background import CORES
+from audio.budget import Budget
 from batcher.engine import Segment
 from batcher.errors import BatcherError
 from batcher.policy import Mode, Policy
@@ -15,7 +17,7 @@ from batcher.runner import Runner
 from common.errors import StartupError
 from common.logs import logger, set_up_logs
 from common.metadata import Metadata
-from common.metrics import ENGINE_ERRORS, BatcherObserver, serve_metrics, watch_batcher
+from common.metrics import ENGINE_ERRORS, BatcherObserver, serve_metrics, watch_batcher, watch_encoders
 from common.server import Server, run
 from common.settings import BatcherSettings, Settings
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
@@ -57,7 +59,9 @@ async def serve(settings: Settings) -> None:
         on_death=server.stop_soon,
     )
     watch_batcher(runner)
-    _register(Servicer(settings, engine, runner), server)
+    encoders = Budget(settings.limits.encoder_load * CORES)
+    watch_encoders(encoders)
+    _register(Servicer(settings, engine, runner, encoders), server)
     await server.start(settings.service.listen)
     runner.start()
     await _warm_up(runner, engine)

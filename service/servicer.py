@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from importlib.metadata import version
-from typing import Any
 
-from audio.formats import SERVED, Format, resolve
-from audio.headers import with_known_length
+from audio.background import BackgroundEncoder
+from audio.budget import Budget
+from audio.formats import SERVED, resolve
 from batcher.runner import Runner
 from common.calls import Context, current_call
-from common.errors import DeadlineExceeded, InvalidArgument, NotFound, OutOfRange, Violation, quoted
+from common.encoding import Messages, bounded, collected, encoded, max_reply_seconds, reserve
+from common.errors import DeadlineExceeded, InvalidArgument, NotFound, Violation, quoted
 from common.metadata import ORCA_LOAD, REQUEST_ID
 from common.settings import Settings
+from common.speech import as_field, wire_format
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 from service.engines.base import SpeechEngine
 from service.load import LoadReporter
 from service.script import Script, WholeText, WrittenText, read_config
-from service.speaking import SpeechMessage, Terms, rejected_characters, speak, wire_format
+from service.speaking import Terms, rejected_characters, speak
 from service.speech import (
     Manner,
     estimate_steps,
@@ -37,18 +39,7 @@ from service.voices import VOICES
 ESTIMATE_MARGIN = 1.25
 """A text is refused as too long for a reply only if its estimate is so much above the limit: estimates err."""
 
-REPLY_OVERHEAD_BYTES = 64 * 1024
-"""Room in a unary reply for all that is not audio."""
-
 DEFAULT_PAGE = 100
-
-FIELDS: Mapping[type, str] = {
-    tts_pb2.StreamStart: "start",
-    tts_pb2.AudioChunk: "chunk",
-    tts_pb2.SegmentMark: "mark",
-    tts_pb2.StreamEnd: "end",
-}
-"""Where in a stream's reply a message goes."""
 
 
 class Servicer(
@@ -58,35 +49,21 @@ class Servicer(
 ):
     """TextToSpeechService, VoiceService and ServerInfoService on one engine."""
 
-    def __init__(self, settings: Settings, engine: SpeechEngine, runner: Runner) -> None:
+    def __init__(self, settings: Settings, engine: SpeechEngine, runner: Runner, encoders: Budget) -> None:
         self._settings = settings
         self._engine = engine
         self._runner = runner
+        self._encoders = encoders
         self._load = LoadReporter(runner)
 
     async def Synthesize(self, request: tts_pb2.SynthesizeRequest, context: Context) -> tts_pb2.SynthesizeResponse:
         """Collects the stream of the same speech."""
         manner = parse(request, self._engine, self._settings.limits)
         steps = estimate_steps(request.text, manner, self._engine)
-        self._check_fits_reply(steps, manner.format)
-        response = tts_pb2.SynthesizeResponse()
-        audio = bytearray()
+        self._check_fits_reply(steps)
         terms = Terms(self._settings.batcher.unary_rows, self._deadline(context), stream=False, expected_steps=steps)
-        async with aclosing(self._speak_whole(request.text, manner, terms, context)) as messages:
-            async for message in messages:
-                match message:
-                    case tts_pb2.AudioChunk():
-                        audio += message.data
-                        self._check_still_fits(len(audio), message.start_sample, manner.format)
-                    case tts_pb2.StreamStart():
-                        response.start.CopyFrom(message)
-                    case tts_pb2.SegmentMark():
-                        response.marks.append(message)
-                    case tts_pb2.StreamEnd():
-                        self._check_still_fits(len(audio), message.sample_count, manner.format)
-                        response.end.CopyFrom(message)
-        response.audio = with_known_length(bytes(audio), manner.format, response.end.sample_count)
-        return response
+        plain = bounded(self._speak_whole(request.text, manner, terms, context), self._settings.limits)
+        return await collected(self._encoded(plain, manner), self._settings.limits)
 
     async def StreamSynthesize(
         self, request: tts_pb2.StreamSynthesizeRequest, context: Context
@@ -95,9 +72,10 @@ class Servicer(
         manner = parse(request, self._engine, self._settings.limits)
         steps = estimate_steps(request.text, manner, self._engine)
         terms = Terms(self._settings.batcher.stream_rows, self._deadline(context), stream=True, expected_steps=steps)
-        async with aclosing(self._speak_whole(request.text, manner, terms, context)) as messages:
+        plain = self._speak_whole(request.text, manner, terms, context)
+        async with aclosing(self._encoded(plain, manner)) as messages:
             async for message in messages:
-                yield tts_pb2.StreamSynthesizeResponse(**_field(message))
+                yield tts_pb2.StreamSynthesizeResponse(**as_field(message))
 
     async def StreamSynthesizeText(
         self, request: AsyncIterator[tts_pb2.StreamSynthesizeTextRequest], context: Context
@@ -109,9 +87,10 @@ class Servicer(
                 manner = parse_config(await read_config(request), self._engine)
                 terms = Terms(self._settings.batcher.stream_rows, deadline, stream=True)
                 script = WrittenText(request, manner.language, self._settings.limits)
-                async with aclosing(script), aclosing(self._speak(manner, script, terms, context)) as messages:
+                plain = self._speak(manner, script, terms, context)
+                async with aclosing(script), aclosing(self._encoded(plain, manner)) as messages:
                     async for message in messages:
-                        yield tts_pb2.StreamSynthesizeTextResponse(**_field(message))
+                        yield tts_pb2.StreamSynthesizeTextResponse(**as_field(message))
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED") from None
 
@@ -175,7 +154,7 @@ class Servicer(
             sample_rate_hertz=rate,
             limits=tts_pb2.Limits(
                 max_text_characters=limits.text_characters,
-                max_unary_audio_seconds=self._max_reply_seconds(resolve(None, None, 0, rate)),
+                max_unary_audio_seconds=max_reply_seconds(rate, limits),
                 max_deadline_seconds=limits.deadline_max,
                 default_deadline_seconds=limits.deadline_default,
             ),
@@ -183,17 +162,21 @@ class Servicer(
             formats=[wire_format(resolve(container, codec, 0, rate)) for container, codec in SERVED],
         )
 
-    async def _speak_whole(
-        self, text: str, manner: Manner, terms: Terms, context: Context
-    ) -> AsyncGenerator[SpeechMessage, None]:
+    async def _encoded(self, plain: Messages, manner: Manner) -> Messages:
+        """A speech in its caller's format. It does not begin before there is room to encode it."""
+        with BackgroundEncoder(self._encoders) as encoder:
+            reserve(encoder, manner.format, self._engine.caps.sample_rate_hertz)
+            async with aclosing(encoded(plain, lambda rate: manner.format, encoder)) as messages:
+                async for message in messages:
+                    yield message
+
+    async def _speak_whole(self, text: str, manner: Manner, terms: Terms, context: Context) -> Messages:
         current_call().facts["characters"] = len(text)
         async with aclosing(self._speak(manner, WholeText(text, manner.language), terms, context)) as messages:
             async for message in messages:
                 yield message
 
-    async def _speak(
-        self, manner: Manner, script: Script, terms: Terms, context: Context
-    ) -> AsyncGenerator[SpeechMessage, None]:
+    async def _speak(self, manner: Manner, script: Script, terms: Terms, context: Context) -> Messages:
         call = current_call()
         self._load.count_call()
         async with aclosing(speak(self._runner, self._engine, manner, script, call, terms)) as messages:
@@ -208,9 +191,9 @@ class Servicer(
         seconds = limits.deadline_default if remaining is None else min(remaining, limits.deadline_max)
         return time.monotonic() + seconds
 
-    def _check_fits_reply(self, steps: int, format: Format) -> None:
+    def _check_fits_reply(self, steps: int) -> None:
         seconds = steps / self._engine.caps.steps_per_second
-        limit = self._max_reply_seconds(format)
+        limit = max_reply_seconds(self._engine.caps.sample_rate_hertz, self._settings.limits)
         if seconds > limit * ESTIMATE_MARGIN:
             description = (
                 f"would be about {seconds:.0f} s of audio; a unary reply holds {limit:.0f} s: "
@@ -218,26 +201,5 @@ class Servicer(
             )
             raise InvalidArgument.of([Violation("text", description)], "AUDIO_TOO_LONG")
 
-    def _check_still_fits(self, audio_bytes: int, samples: int, format: Format) -> None:
-        limit = self._max_reply_seconds(format)
-        too_long = samples > self._settings.limits.unary_audio_seconds * format.sample_rate_hertz
-        if too_long or audio_bytes > self._max_reply_bytes:
-            raise OutOfRange(
-                f"the audio became longer than the {limit:.0f} s that a unary reply holds; "
-                "use StreamSynthesize or JobService.CreateJob",
-                "AUDIO_TOO_LONG",
-            )
-
-    def _max_reply_seconds(self, format: Format) -> float:
-        return min(self._settings.limits.unary_audio_seconds, self._max_reply_bytes / format.bytes_per_second)
-
-    @property
-    def _max_reply_bytes(self) -> int:
-        return self._settings.limits.message_bytes - REPLY_OVERHEAD_BYTES
-
     def _voice(self, name: str) -> tts_pb2.Voice:
         return tts_pb2.Voice(name=name, description=VOICES[name], languages=self._engine.languages)
-
-
-def _field(message: SpeechMessage) -> dict[str, Any]:
-    return {FIELDS[type(message)]: message}

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
-from audio.background import BackgroundEncoder, Piece
-from audio.formats import Format
+from audio.formats import Codec, Container, Format
+from audio.frames import SAMPLE_BYTES
 from batcher.engine import EndReason, Segment
 from batcher.errors import (
     BatcherError,
@@ -36,13 +34,12 @@ from common.errors import (
     Unavailable,
     Violation,
 )
+from common.speech import SpeechMessage, wire_format
 from protos.chorus.v1 import tts_pb2
 from service.engines.base import SpeechEngine
 from service.script import BargeIn, Script
 from service.speech import Manner
 from service.text import TextSegment
-
-SpeechMessage = tts_pb2.StreamStart | tts_pb2.AudioChunk | tts_pb2.SegmentMark | tts_pb2.StreamEnd
 
 JITTER = 0.2
 """The share by which a refused caller's delay is made longer at random, so that not all come back at once."""
@@ -70,7 +67,7 @@ class Terms:
 async def speak(
     runner: Runner, engine: SpeechEngine, manner: Manner, script: Script, call: Call, terms: Terms
 ) -> AsyncGenerator[SpeechMessage, None]:
-    """Speaks: one start, then chunks and marks in order, then one end. Closing it cancels.
+    """Speaks in RAW PCM_S16LE: one start, then chunks and marks in order, then one end. Closing it cancels.
 
     Raises:
         ChorusError: what the caller is told instead of the rest.
@@ -93,34 +90,28 @@ async def speak(
             ) as speaking,
             _fed(speaking, script, teller),
         ):
-            with BackgroundEncoder(manner.format, engine.caps.sample_rate_hertz) as encoder:
-                async for message in _messages(speaking, encoder, teller):
-                    yield message
+            async for message in _messages(speaking, teller):
+                yield message
     except BargeIn:
         yield teller.cancelled()
     except BatcherError as error:
         raise told(error) from error
 
 
-async def _messages(
-    speaking: Speaking, encoder: BackgroundEncoder, teller: _Teller
-) -> AsyncGenerator[SpeechMessage, None]:
+async def _messages(speaking: Speaking, teller: _Teller) -> AsyncGenerator[SpeechMessage, None]:
     """The batcher's events as messages of the stream."""
     while True:
         event = await speaking.get()
         match event:
             case Audio():
-                for part in encoder.parts(event.data):
-                    for message in teller.piece(await encoder.encode(part), encoder.samples):
-                        yield message
+                for message in teller.audio(event):
+                    yield message
             case SegmentEnded():
-                for message in teller.segment(event, encoder.samples):
+                for message in teller.segment(event):
                     yield message
             case RequestEnded():
                 if not event.samples:
                     raise _silent()
-                for message in teller.piece(await encoder.finish(), encoder.samples):
-                    yield message
                 for message in teller.end(event):
                     yield message
                 return
@@ -161,38 +152,44 @@ class _Teller:
         self._first_audio: float | None = None
         self._sequence = 0
         self._sent = 0
-        """Samples that can be heard, at the format's rate."""
-        self._parts: list[TextSegment] = []
-        """Those that became rows."""
+        """Samples."""
+        self._cast = 0
+        """Parts that became rows."""
+        self._parts: dict[int, TextSegment] = {}
+        """Of these, those whose mark was not made yet, by the index of the row."""
         self._rest: TextSegment | None = None
         """What was left at the end, and has nothing to speak."""
-        self._marks: deque[tts_pb2.SegmentMark] = deque()
-        """Of segments whose last audio the encoder still holds."""
+        self._early: list[tts_pb2.SegmentMark] = []
+        """Of segments without sound that ended before the first audio."""
 
     def cast(self, parts: Sequence[TextSegment]) -> list[Segment]:
-        """Parts of the text as rows, and remembers them."""
+        """Parts of the text as rows, and remembers them until they are heard."""
         spoken = [part for part in parts if part.spoken_text]
         self._rest = next((part for part in parts if not part.spoken_text), None)
-        first = len(self._parts)
-        self._parts += spoken
-        return [self._manner.segment(part, first + index) for index, part in enumerate(spoken)]
+        rows = [self._manner.segment(part, index) for index, part in enumerate(spoken, self._cast)]
+        self._parts |= {row.index: part for row, part in zip(rows, spoken, strict=True)}
+        self._cast += len(rows)
+        return rows
 
-    def piece(self, piece: Piece | None, samples: int) -> Iterator[SpeechMessage]:
-        """The next bytes, if there are any. `samples`: those that can be heard with them."""
-        self._sent = samples
-        if piece is not None:
-            if self._first_audio is None:
-                self._first_audio = time.monotonic() - self._call.arrived
-                metrics.FIRST_AUDIO_SECONDS.observe(self._first_audio)
-                yield self._start()
-            yield tts_pb2.AudioChunk(data=piece.data, sequence=self._sequence, start_sample=piece.start_sample)
-            self._sequence += 1
-        yield from self._due(samples)
+    def audio(self, event: Audio) -> Iterator[SpeechMessage]:
+        """The next samples."""
+        if self._first_audio is None:
+            self._first_audio = time.monotonic() - self._call.arrived
+            metrics.FIRST_AUDIO_SECONDS.observe(self._first_audio)
+            yield self._start()
+        yield tts_pb2.AudioChunk(data=event.data, sequence=self._sequence, start_sample=event.start_sample)
+        self._sequence += 1
+        self._sent = event.start_sample + len(event.data) // SAMPLE_BYTES
+        yield from self._early
+        self._early = []
 
-    def segment(self, event: SegmentEnded, samples: int) -> Iterator[SpeechMessage]:
-        """The mark of a segment, once its last audio has left."""
-        self._marks.append(self._mark(self._parts[event.index], event.start_sample, event.end_sample))
-        yield from self._due(samples)
+    def segment(self, event: SegmentEnded) -> Iterator[SpeechMessage]:
+        """The mark of a segment, whose last audio has left."""
+        mark = self._mark(self._parts.pop(event.index), event.start_sample, event.end_sample)
+        if self._first_audio is None:
+            self._early.append(mark)
+        else:
+            yield mark
 
     def end(self, event: RequestEnded) -> Iterator[SpeechMessage]:
         """The facts of the whole, told to metrics and log as well."""
@@ -203,14 +200,14 @@ class _Teller:
         metrics.AUDIO_SECONDS.inc(seconds)
         self._call.facts |= {
             "voice": self._manner.voice,
-            "segments": len(self._parts),
+            "segments": self._cast,
             "audio_s": round(seconds, 3),
             "queue_ms": round(event.queue_seconds * 1000, 1),
             "first_audio_ms": round(first_audio * 1000, 1),
         }
         yield tts_pb2.StreamEnd(
             finish_reason=FINISH_REASONS[event.reason],
-            sample_count=self._at_rate(event.samples),
+            sample_count=event.samples,
             timings=self._timings(event.queue_seconds),
         )
 
@@ -234,14 +231,14 @@ class _Teller:
             start_byte=part.start_byte,
             end_byte=part.end_byte,
             spoken_text=part.spoken_text,
-            start_sample=self._at_rate(start),
-            end_sample=self._at_rate(end),
+            start_sample=start,
+            end_sample=end,
             rejected_characters=rejected_characters(part),
         )
 
     def _start(self) -> tts_pb2.StreamStart:
         return tts_pb2.StreamStart(
-            format=wire_format(self._manner.format),
+            format=wire_format(Format(Container.RAW, Codec.PCM_S16LE, self._engine.caps.sample_rate_hertz)),
             voice=self._manner.voice,
             seed=self._manner.seed,
             cache_status=tts_pb2.CACHE_STATUS_BYPASS,
@@ -249,13 +246,6 @@ class _Teller:
             model_revision=self._engine.model_revision,
             request_id=self._call.request_id,
         )
-
-    def _due(self, samples: int) -> Iterator[SpeechMessage]:
-        while self._first_audio is not None and self._marks and self._marks[0].end_sample <= samples:
-            yield self._marks.popleft()
-
-    def _at_rate(self, sample: int) -> int:
-        return self._manner.format.at_rate(sample, self._engine.caps.sample_rate_hertz)
 
 
 def told(error: BatcherError) -> ChorusError:
@@ -282,16 +272,6 @@ def told(error: BatcherError) -> ChorusError:
 def rejected_characters(part: TextSegment) -> list[tts_pb2.RejectedCharacter]:
     """What of a part no engine can speak, as the contract writes it."""
     return [tts_pb2.RejectedCharacter(character=r.character, start_byte=r.start_byte) for r in part.rejected]
-
-
-@lru_cache
-def wire_format(format: Format) -> tts_pb2.AudioFormat:
-    """A format as the contract writes it, every field set."""
-    return tts_pb2.AudioFormat(
-        container=tts_pb2.Container.Value(f"CONTAINER_{format.container.name}"),
-        codec=tts_pb2.Codec.Value(f"CODEC_{format.codec.name}"),
-        sample_rate_hertz=format.sample_rate_hertz,
-    )
 
 
 def _silent() -> InvalidArgument:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from audio.formats import Codec, Container, Format, FormatError, resolve
+from audio.formats import Format
 from batcher.engine import Controls, Sampling, Segment
 from common.errors import InvalidArgument, Violation
 from common.settings import LimitSettings
+from common.speech import read_wish
 from protos.chorus.v1 import tts_pb2
 from service.engines.base import SpeechEngine
 from service.text import FRONT_END_REVISION, TextSegment, detect_language, has_speech
@@ -147,7 +148,7 @@ def _manner(
     faults_of_text: list[Violation],
     prefix: str = "",
 ) -> Manner:
-    format, format_faults = _format(request.format, engine.caps.sample_rate_hertz)
+    wish, format_faults = read_wish(request.format)
     faults = [
         *voice_faults(request.voice, engine),
         *language_faults(request.language, engine),
@@ -156,36 +157,17 @@ def _manner(
         *_range_faults("sampling", request.sampling),
     ]
     violations = faults_of_text + [Violation(prefix + fault.field, fault.description) for fault in faults]
-    if violations or format is None:
+    if violations or wish is None:
         raise InvalidArgument.of(violations)
     return Manner(
         voice=request.voice or DEFAULT_VOICE,
         language=match_language(request.language, engine.languages),
         seed=request.sampling.seed if request.sampling.HasField("seed") else derive_seed(request, engine),
-        format=format,
+        format=wish.at(engine.caps.sample_rate_hertz),
         controls=Controls(**{"speed": 1.0} | _set_fields(request.controls)),
         sampling=Sampling(**{k: v for k, v in _set_fields(request.sampling).items() if k != "seed"}),
         refine_text=request.refine_text,
     )
-
-
-def _format(asked: tts_pb2.AudioFormat, engine_rate: int) -> tuple[Format | None, list[Violation]]:
-    container, faults = _member("container", tts_pb2.Container, Container, asked.container)
-    codec, codec_faults = _member("codec", tts_pb2.Codec, Codec, asked.codec)
-    # What does not go into an unknown container cannot be told.
-    codec = None if faults else codec
-    faults += codec_faults
-    try:
-        return resolve(container, codec, asked.sample_rate_hertz, engine_rate), faults
-    except FormatError as error:
-        return None, [*faults, *(Violation(f"format.{field}", description) for field, description in error.faults)]
-
-
-def _member(field: str, wire: Any, plain: Any, number: int) -> tuple[Any, list[Violation]]:
-    """A wire enum's number as a member of ours, `None` where it is not set; and what is wrong with it."""
-    if number not in wire.values():
-        return None, [Violation(f"format.{field}", f"{number} is no value of the enum")]
-    return plain.__members__.get(wire.Name(number).removeprefix(f"{field.upper()}_")), []
 
 
 def _range_faults(group: str, message: tts_pb2.Controls | tts_pb2.Sampling) -> list[Violation]:

@@ -9,8 +9,8 @@ import pytest_asyncio
 
 from audio.formats import SERVED, Codec, Container, Format, resolve
 from audio.headers import with_known_length
+from common.speech import wire_format
 from protos.chorus.v1 import tts_pb2
-from service.speaking import wire_format
 from tests.calls import Door, as_stream, spoken
 from tests.decoders import by_ffmpeg
 from tests.stack import Server
