@@ -9,16 +9,19 @@ from audio.formats import MPEG_RATES, Codec, Format
 
 FIRST_COSTS = {
     Codec.PCM_S16LE: 0.001,
-    Codec.MULAW: 0.002,
-    Codec.ALAW: 0.002,
-    Codec.FLAC: 0.002,
-    Codec.MP3: 0.005,
-    Codec.AAC: 0.007,
-    Codec.OPUS: 0.01,
+    Codec.MULAW: 0.001,
+    Codec.ALAW: 0.001,
+    Codec.FLAC: 0.0015,
+    Codec.MP3: 0.003,
+    Codec.AAC: 0.006,
+    Codec.OPUS: 0.007,
 }
-"""Seconds of CPU for a second of audio, until that is measured: a little more than on a core of 2020."""
+"""Seconds of CPU that a codec takes for a second of audio, until that is measured: a little more than it took here."""
 FIRST_COSTS_RATE = 24_000
 """The rate, in hertz, at which they cost so much; at others in proportion."""
+PATH_COST = 0.002
+"""Seconds of CPU for a second of audio beside the codec's: the way of its pieces to the threads and to the caller, all
+of it under Python's lock. Measured: 0.001 to 0.0021, in gateway and service."""
 FIRST_COST_SECONDS = 5.0
 """So much audio, once measured, counts as much as the first guess."""
 MEAN_SECONDS = 300.0
@@ -60,11 +63,15 @@ class Mean:
 
 
 class Budget:
-    """What the open encoders of a process would need, all at the pace of real time, beside what they may. In cores."""
+    """What the open encoders of a process would need, all at the pace of real time, beside what they may. In cores.
 
-    def __init__(self, cores: float) -> None:
-        """`cores`: what encoders may use."""
-        self.cores = cores
+    What they need of Python, whose lock lets one core run it, has a bound of its own.
+    """
+
+    def __init__(self, share: float, cores: int) -> None:
+        """`share`: of the process's cores, and of the one that runs Python."""
+        self.max_load = share * cores
+        self.max_open = int(share / PATH_COST)
         self.refused = 0
         self.cpu_seconds: dict[Codec, float] = dict.fromkeys(Codec, 0.0)
         """That encoders have used."""
@@ -85,9 +92,9 @@ class Budget:
         return sum(count * self.cost(kind) for kind, count in self._open.copy().items())
 
     def cost(self, kind: Kind) -> float:
-        """Seconds of CPU that a second of audio costs."""
+        """Seconds of CPU that a second of audio costs, the way to its caller included."""
         mean = self._mean(kind)
-        return mean.cpu / mean.audio
+        return mean.cpu / mean.audio + PATH_COST
 
     def take(self, kind: Kind) -> None:
         """Opens an encoder. The first is always let in, whatever it costs.
@@ -95,7 +102,7 @@ class Budget:
         Raises:
             EncodersBusyError: with it, not all could keep up.
         """
-        if self._open and self.load + self.cost(kind) > self.cores:
+        if self._open and (self.load + self.cost(kind) > self.max_load or self.open >= self.max_open):
             self.refused += 1
             raise EncodersBusyError(f"{self.open} encoders are open")
         self._open[kind] += 1
@@ -107,7 +114,7 @@ class Budget:
             del self._open[kind]
 
     def measured(self, kind: Kind, cpu_seconds: float, audio_seconds: float) -> None:
-        """Learns what a piece of audio has cost; the end of a file is a piece without audio."""
+        """Learns what a piece of audio has cost a codec; the end of a file is a piece without audio."""
         self.cpu_seconds[kind.codec] += cpu_seconds
         self.audio_seconds[kind.codec] += audio_seconds
         self._mean(kind).add(cpu_seconds, audio_seconds)

@@ -126,7 +126,7 @@ class EncoderCollector(Collector):
         budget = self._budget
         yield GaugeMetricFamily("chorus_encoders_open", "Encoders that are open and cost anything.", budget.open)
         yield GaugeMetricFamily("chorus_encoders_load", "Cores they need at the pace of real time.", budget.load)
-        yield GaugeMetricFamily("chorus_encoders_load_max", "Cores they may need.", budget.cores)
+        yield GaugeMetricFamily("chorus_encoders_load_max", "Cores they may need.", budget.max_load)
         yield CounterMetricFamily("chorus_encoders_refused", "Speeches without room to encode them.", budget.refused)
         for name, text, values in (
             ("chorus_encoders_cpu_seconds", "CPU that encoding has used.", budget.cpu_seconds),

@@ -33,7 +33,7 @@ async def serve(settings: Settings) -> None:
     serve_metrics(settings.gateway.metrics_listen)
     names = [service.full_name for service in tts_pb2.DESCRIPTOR.services_by_name.values()]
     server = Server(settings, names, identify)
-    encoders = Budget(settings.limits.encoder_load * CORES)
+    encoders = Budget(settings.limits.encoder_load, CORES)
     watch_encoders(encoders)
     async with open_channel(settings.gateway.backends, settings.limits) as channel:
         _register(Servicer(Pipeline(settings), Transcoder(encoders, settings.limits), channel), server)

@@ -59,7 +59,7 @@ async def serve(settings: Settings) -> None:
         on_death=server.stop_soon,
     )
     watch_batcher(runner)
-    encoders = Budget(settings.limits.encoder_load * CORES)
+    encoders = Budget(settings.limits.encoder_load, CORES)
     watch_encoders(encoders)
     _register(Servicer(settings, engine, runner, encoders), server)
     await server.start(settings.service.listen)

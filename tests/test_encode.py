@@ -30,6 +30,7 @@ PADDING = {Codec.OPUS: 0, Codec.MP3: 3 * 1152, Codec.AAC: 2 * 1024}
 """Samples that may follow the last one of the speech."""
 
 FORMATS = [resolve(container, codec, 0, RATE) for container, codec in SERVED]
+FORMATS.append(Format(Container.MP3, Codec.MP3, 44_100))  # MPEG-1: its frames have twice as many samples
 FREE = (8_000, 11_025, 12_345, 16_000, 24_000, 44_100, 48_000)
 OTHERS = [
     Format(container, codec, rate)
@@ -172,6 +173,15 @@ def test_companded_frames_are_whole(format: Format) -> None:
         assert all((size - head) % 160 == 0 for size, _ in spoken(format).steps[:-1] if size)
 
 
+@lossy_formats
+def test_mp3_starts_with_a_frame_of_sound(format: Format) -> None:
+    if format.codec is Codec.MP3:
+        data = spoken(format).data
+        assert data[0] == 0xFF
+        assert data[1] & 0xE0 == 0xE0
+        assert not any(name in data for name in (b"Xing", b"Info", b"LAME3", b"ID3"))
+
+
 # --- cut
 
 
@@ -271,7 +281,7 @@ def test_closing_is_allowed_at_any_time(format: Format) -> None:
 @coded_formats
 async def test_the_background_gives_the_same_bytes_in_order(format: Format) -> None:
     pieces = []
-    with BackgroundEncoder(Budget(1.0)) as encoder:
+    with BackgroundEncoder(Budget(1.0, cores=1)) as encoder:
         encoder.reserve(format, RATE)
         for part in encoder.parts(speech("en-US")):
             pieces += [piece] if (piece := await encoder.encode(part)) else []
@@ -310,7 +320,7 @@ async def test_a_cancelled_encoder_is_closed_once_its_thread_is_done(monkeypatch
     monkeypatch.setattr(background, "Encoder", lambda format, engine_rate: slow)
 
     async def work() -> None:
-        with BackgroundEncoder(Budget(1.0)) as encoder:
+        with BackgroundEncoder(Budget(1.0, cores=1)) as encoder:
             encoder.reserve(Format(Container.MP3, Codec.MP3, RATE), RATE)
             await encoder.encode(b"ab")
 

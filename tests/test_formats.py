@@ -1,4 +1,7 @@
-"""Every format through gateway and service: the same facts as for plain samples, at the format's own rate."""
+"""Every format, through a gateway and round it: the same facts as for plain samples, at the format's own rate.
+
+Gateways encode what they forward, services what they are asked directly: nobody can tell who did.
+"""
 
 from __future__ import annotations
 
