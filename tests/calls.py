@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from common.errors import DOMAIN
+from common.errors import DOMAIN, PUSHBACK
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 from tests.stack import POLL_SECONDS, START_SECONDS, Server
 
@@ -63,7 +63,9 @@ class Spoken:
         return b"".join(chunk.data for chunk in self.chunks)
 
 
-async def spoken(call: AsyncIterable[tts_pb2.StreamSynthesizeResponse]) -> Spoken:
+async def spoken(
+    call: AsyncIterable[tts_pb2.StreamSynthesizeResponse] | AsyncIterable[tts_pb2.StreamSynthesizeTextResponse],
+) -> Spoken:
     """A stream, taken apart."""
     speech = Spoken()
     async for response in call:
@@ -141,6 +143,15 @@ async def failure(call: Awaitable[Any]) -> Failure:
     error = caught.value
     trailers = dict(error.trailing_metadata())
     return Failure(error.code(), error.details() or "", trailers, rpc_status.from_call(cast("grpc.Call", error)))
+
+
+def check_exhausted(failed: Failure, reason: str, quota: str) -> None:
+    """A caller is refused for want of room, and told how long to wait."""
+    assert (failed.code, failed.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+    assert failed.retry_after_ms > 0
+    assert failed.trailers[PUSHBACK] == str(failed.retry_after_ms)
+    (violation,) = failed.one(error_details_pb2.QuotaFailure).violations
+    assert violation.subject == quota
 
 
 # --- what a server tells of it

@@ -14,23 +14,20 @@ import grpc
 import grpc.aio
 import pytest
 import pytest_asyncio
-from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 
 from common.calls import Context
-from common.errors import PUSHBACK
 from common.metadata import Metadata, as_metadata
 from common.server import Server as FrameServer
 from common.settings import Settings
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
-from tests.calls import Door, as_stream, failure, logged, metrics_text, spoken
+from tests.calls import Door, as_stream, check_exhausted, failure, logged, metrics_text, spoken
 from tests.stack import Server, Stack, free_port, stream_request, text_request
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TEXT = "  大家好，欢迎收听。Now for something in English: it costs 3.5 dollars! \n\n" + "これは日本語の文です。🙂 " * 6
 TIMEOUT = grpc.StatusCode.DEADLINE_EXCEEDED
-EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 HOLD: dict[str, Any] = {"tone_faults": "long:hold", "tone_step_base_ms": 1, "tone_max_steps": 60_000}
 """A text that says `hold` takes a minute, which nobody foresees."""
 
@@ -327,14 +324,6 @@ async def test_what_a_backend_is_told(stack: Stack) -> None:
 
 
 # --- no room
-
-
-def check_exhausted(failed: Any, reason: str, quota: str) -> None:
-    assert (failed.code, failed.reason) == (EXHAUSTED, reason)
-    assert failed.retry_after_ms > 0
-    assert failed.trailers[PUSHBACK] == str(failed.retry_after_ms)
-    (violation,) = failed.one(error_details_pb2.QuotaFailure).violations
-    assert violation.subject == quota
 
 
 @pytest.mark.asyncio(loop_scope="function")
