@@ -156,16 +156,27 @@ async def test_a_faulty_format_is_told_with_all_other_faults(
     assert all(field.startswith("config.format.") for field in written[0].fields)
 
 
+LARGE = [Format(container, Codec.PCM_S16LE, 48_000) for container in (Container.WAV, Container.RAW)]
+
+
 @pytest.mark.asyncio(loop_scope="function")
-async def test_audio_too_long_for_a_reply_is_refused_alike(stack: Stack, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("audio_seconds", "limit_seconds", "formats"),
+    [(21, 10, FORMATS), (21, 60, FORMATS[:8]), (11, 60, LARGE)],
+    ids=["seconds", "plain samples larger than a message", "encoded larger than a message"],
+)
+async def test_audio_too_long_for_a_reply_is_refused_alike(
+    stack: Stack, tmp_path: Path, audio_seconds: int, limit_seconds: int, formats: list[Format]
+) -> None:
     trace = tmp_path / "rows"
-    trace.write_text("1\n" + "1000\n" * 1000)  # 21 s; the first is spoken when the service warms up
-    short = {"tone_trace": trace, "tone_step_base_ms": 0.1, "limits_message_bytes": 1_000_000}
-    for seconds, faulty in ((10, [*FORMATS]), (60, [FORMATS[-1], Format(Container.RAW, Codec.PCM_S16LE, 48_000)])):
-        pair = await stack.pair(limits_unary_audio_seconds=seconds, **short)
-        for format in faulty:
-            request = tts_pb2.SynthesizeRequest(text="short", format=wire_format(format))
-            told = [await failure(Door(server).speech.Synthesize(request)) for server in pair]
-            assert {failed.code for failed in told} == {grpc.StatusCode.OUT_OF_RANGE}
-            assert {failed.reason for failed in told} == {"AUDIO_TOO_LONG"}
-            assert told[0].message == told[1].message
+    trace.write_text("1\n" + f"{audio_seconds * 47}\n" * 100)  # the first is spoken when the service warms up
+    pair = await stack.pair(limits_unary_audio_seconds=limit_seconds, limits_message_bytes=1_000_000, tone_trace=trace)
+    for format in formats:
+        request = tts_pb2.SynthesizeRequest(text="short", format=wire_format(format))
+        told = [await failure(Door(server).speech.Synthesize(request)) for server in pair]
+        assert {failed.code for failed in told} == {grpc.StatusCode.OUT_OF_RANGE}
+        assert {failed.reason for failed in told} == {"AUDIO_TOO_LONG"}
+        assert told[0].message == told[1].message
+    smaller = tts_pb2.SynthesizeRequest(text="short", format=wire_format(FORMATS[0]))
+    for server in pair if formats is LARGE else ():
+        assert (await Door(server).speech.Synthesize(smaller)).audio
