@@ -38,12 +38,13 @@ class Kind:
 
     codec: Codec
     rate: int
-    """Hertz: the next of MPEG's rates."""
+    """Hertz: the next higher of MPEG's rates, or the highest."""
 
     @classmethod
     def of(cls, format: Format) -> Kind:
         """The kind of a format's encoder."""
-        return cls(format.codec, next(rate for rate in MPEG_RATES if format.sample_rate_hertz <= rate))
+        rates = (rate for rate in MPEG_RATES if format.sample_rate_hertz <= rate)
+        return cls(format.codec, next(rates, MPEG_RATES[-1]))
 
 
 @dataclass(slots=True)
