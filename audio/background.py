@@ -63,17 +63,21 @@ class BackgroundEncoder:
         self._last.add_done_callback(lambda last: self._encoder.close() if self._encoder else None)
 
     def reserve(self, format: Format, engine_rate: int) -> None:
-        """Takes room for a format's encoder, in exchange for what it had. What costs nothing, or is closed, needs none.
+        """Takes room for a format's encoder. Whoever has room already keeps it, for the new format.
 
-        `format`: as `resolve` gives it. `engine_rate`: in hertz.
+        What costs nothing, and what is closed, needs none. `format`: as `resolve` gives it. `engine_rate`: in hertz.
 
         Raises:
-            EncodersBusyError: there is no room. It now has none.
+            EncodersBusyError: there is no room.
         """
         self._format, self._engine_rate = format, engine_rate
-        self._release()
-        if not self._closed and not costs_nothing(format, engine_rate):
+        if self._closed or costs_nothing(format, engine_rate):
+            self._release()
+        elif self._kind is None:
             self._budget.take(kind := Kind.of(format))
+            self._kind = kind
+        else:
+            self._budget.move(self._kind, kind := Kind.of(format))
             self._kind = kind
 
     @property

@@ -114,6 +114,11 @@ class Budget:
         if not self._open[kind]:
             del self._open[kind]
 
+    def move(self, kind: Kind, to: Kind) -> None:
+        """Turns an encoder that was taken into one of another kind."""
+        self.give(kind)
+        self._open[to] += 1
+
     def measured(self, kind: Kind, cpu_seconds: float, audio_seconds: float) -> None:
         """Learns what a piece of audio has cost a codec; the end of a file is a piece without audio."""
         self.cpu_seconds[kind.codec] += cpu_seconds

@@ -24,7 +24,7 @@ REPLY_OVERHEAD_BYTES = 64 * 1024
 
 
 def reserve(encoder: BackgroundEncoder, format: Format, engine_rate: int) -> None:
-    """Takes room for a format's encoder, in exchange for what it had. `engine_rate`: in hertz.
+    """Takes room for a format's encoder. Whoever has room already keeps it. `engine_rate`: in hertz.
 
     Raises:
         ResourceExhausted: there is no room.
@@ -49,7 +49,7 @@ async def encoded(plain: Messages, format_at: Callable[[int], Format], encoder: 
         encoder: where it is encoded, if that costs anything.
 
     Raises:
-        ResourceExhausted: the encoder has not reserved this format, and there is no room for it.
+        ResourceExhausted: the encoder has reserved nothing, needs room after all, and there is none.
     """
     async with aclosing(plain):
         start = await anext(plain, None)

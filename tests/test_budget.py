@@ -85,7 +85,7 @@ def test_what_is_open_is_what_was_taken_and_not_given_back(data: st.DataObject) 
     refused = 0
     for _ in range(data.draw(st.integers(0, 60))):
         kind = Kind.of(data.draw(st.sampled_from(FORMATS)))
-        match data.draw(st.sampled_from(["take", "take", "give", "measure"])):
+        match data.draw(st.sampled_from(["take", "take", "give", "move", "measure"])):
             case "take":
                 load, cost = budget.load, budget.cost(kind)
                 try:
@@ -97,6 +97,9 @@ def test_what_is_open_is_what_was_taken_and_not_given_back(data: st.DataObject) 
                     refused += 1
             case "give" if held:
                 budget.give(held.pop(data.draw(st.integers(0, len(held) - 1))))
+            case "move" if held:
+                budget.move(held.pop(), kind)
+                held.append(kind)
             case "measure":
                 budget.measured(kind, data.draw(st.floats(0, 2)), data.draw(st.floats(0, 400)))
         assert budget.open == len(held)
@@ -167,6 +170,19 @@ async def test_all_room_is_given_back_whatever_happens(seed: int) -> None:
 def chance_share(seed: int) -> float:
     """Room for one, for some, or for all."""
     return (0.001, 0.02, 1.0)[seed % 3]
+
+
+def test_room_is_not_lost_when_costs_rise_or_the_format_changes() -> None:
+    budget = Budget(0.5, cores=1)
+    with BackgroundEncoder(budget) as first, BackgroundEncoder(budget) as second:
+        for encoder in (first, second):
+            encoder.reserve(MP3, ENGINE_RATE)
+        for format in (MP3, FORMATS[0]):
+            costing(budget, format, 0.9)
+        for format in (MP3, FORMATS[0]):
+            second.reserve(format, ENGINE_RATE)
+            assert budget.open == 2
+    assert (budget.open, budget.load) == (0, 0)
 
 
 def test_what_is_closed_takes_nothing_any_more() -> None:
