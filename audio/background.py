@@ -49,8 +49,7 @@ class BackgroundEncoder:
         self._engine_rate = 0
         self._encoder: Encoder | None = None
         self._closed = False
-        self._last: Future[tuple[bytes, float]] = Future()
-        self._last.set_result((b"", 0.0))
+        self._last: Future[tuple[bytes, float]] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -60,7 +59,8 @@ class BackgroundEncoder:
     ) -> None:
         self._closed = True
         self._release()
-        self._last.add_done_callback(lambda last: self._encoder.close() if self._encoder else None)
+        if self._last is not None:
+            self._last.add_done_callback(lambda last: self._encoder.close() if self._encoder else None)
 
     def reserve(self, format: Format, engine_rate: int) -> None:
         """Takes room for a format's encoder. Whoever has room already keeps it, for the new format.

@@ -115,13 +115,28 @@ async def collected(messages: Messages, limits: LimitSettings) -> tts_pb2.Synthe
     return response
 
 
-async def taken_apart(response: tts_pb2.SynthesizeResponse) -> Messages:
-    """A reply as the stream that it was collected from."""
-    yield response.start
-    yield tts_pb2.AudioChunk(data=response.audio)
-    for mark in response.marks:
-        yield mark
-    yield response.end
+async def encoded_whole(
+    plain: tts_pb2.SynthesizeResponse,
+    format_at: Callable[[int], Format],
+    encoder: BackgroundEncoder,
+    limits: LimitSettings,
+) -> tts_pb2.SynthesizeResponse:
+    """A whole speech in another format, as a stream of it would be. The reply itself may come back, changed.
+
+    Raises:
+        OutOfRange: it is more than a reply holds.
+        ResourceExhausted: as `encoded`.
+    """
+    engine_rate = plain.start.format.sample_rate_hertz
+    format = format_at(engine_rate)
+    if not costs_nothing(format, engine_rate):
+        return await collected(encoded(_taken_apart(plain), format_at, encoder), limits)
+    plain.start.format.CopyFrom(wire_format(format))
+    if format.container is Container.WAV:
+        plain.audio = wav_header(format, plain.end.sample_count) + plain.audio
+    if len(plain.audio) > _max_reply_bytes(limits):
+        raise _too_long()
+    return plain
 
 
 def max_reply_seconds(engine_rate: int, limits: LimitSettings) -> float:
@@ -130,6 +145,15 @@ def max_reply_seconds(engine_rate: int, limits: LimitSettings) -> float:
     `engine_rate`: in hertz.
     """
     return min(limits.unary_audio_seconds, _max_reply_bytes(limits) / (SAMPLE_BYTES * engine_rate))
+
+
+async def _taken_apart(response: tts_pb2.SynthesizeResponse) -> Messages:
+    """A reply as the stream that it was collected from."""
+    yield response.start
+    yield tts_pb2.AudioChunk(data=response.audio)
+    for mark in response.marks:
+        yield mark
+    yield response.end
 
 
 async def _wrapped(plain: Messages, start: tts_pb2.StreamStart, format: Format) -> Messages:

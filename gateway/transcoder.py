@@ -9,7 +9,7 @@ from typing import TypeVar
 from audio.background import BackgroundEncoder
 from audio.budget import Budget
 from audio.formats import Codec, Container, Wish
-from common.encoding import Messages, collected, encoded, reserve, taken_apart
+from common.encoding import Messages, encoded, encoded_whole, reserve
 from common.settings import LimitSettings
 from common.speech import as_field, read_wish
 from protos.chorus.v1 import tts_pb2
@@ -48,8 +48,7 @@ class Transcoder:
             return await ask(request)
         with BackgroundEncoder(self._encoders) as encoder:
             reserve(encoder, wish.at(EXPECTED_RATE), EXPECTED_RATE)
-            plain = taken_apart(await ask(_plain(request)))
-            return await collected(encoded(plain, wish.at, encoder), self._limits)
+            return await encoded_whole(await ask(_plain(request)), wish.at, encoder, self._limits)
 
     def stream(
         self,

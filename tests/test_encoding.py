@@ -14,7 +14,7 @@ from audio.background import BackgroundEncoder
 from audio.budget import Budget
 from audio.encode import Encoder
 from audio.formats import SERVED, Codec, Container, Format, resolve
-from common.encoding import Messages, bounded, collected, encoded, reserve, taken_apart
+from common.encoding import Messages, bounded, collected, encoded, encoded_whole, reserve
 from common.errors import OutOfRange, ResourceExhausted
 from common.settings import LimitSettings
 from common.speech import SpeechMessage, wire_format
@@ -152,7 +152,7 @@ async def test_a_whole_reply_is_its_stream(format: Format) -> None:
     limits = LimitSettings()
     whole = await collected(Source(plain_messages(speech("en-US"), [30_000] * 4, COMPLETE))(), limits)
     with BackgroundEncoder(Budget(1.0, cores=1)) as encoder:
-        again = await collected(encoded(taken_apart(whole), lambda rate: format, encoder), limits)
+        again = await encoded_whole(whole, lambda rate: format, encoder, limits)
     told = await converted(Source(plain_messages(speech("en-US"), [30_000] * 4, COMPLETE))(), format)
     assert list(again.marks) == [message for message in told if isinstance(message, tts_pb2.SegmentMark)]
     assert again.end == told[-1]
@@ -173,10 +173,16 @@ async def test_what_is_too_long_for_a_reply_is_refused_when_that_is_known(limit:
         assert (await collected(messages, LimitSettings())).audio == second
 
 
-async def test_what_is_too_large_for_a_reply_is_refused() -> None:
-    messages = Source(plain_messages(bytes(400_000), [200_000], COMPLETE))()
-    with pytest.raises(OutOfRange, match="AUDIO_TOO_LONG"):
-        await collected(messages, LimitSettings(message_bytes=400_000))
+@pytest.mark.parametrize("message_bytes", [400_000, 2**16 + 400_043])
+async def test_what_is_too_large_for_a_reply_is_refused(message_bytes: int) -> None:
+    limits, wav = LimitSettings(message_bytes=message_bytes), Format(Container.WAV, Codec.PCM_S16LE, RATE)
+    source = Source(plain_messages(bytes(400_000), [200_000], COMPLETE))
+    whole = await collected(source(), LimitSettings())
+    with BackgroundEncoder(Budget(1.0, cores=1)) as encoder:
+        with pytest.raises(OutOfRange, match="AUDIO_TOO_LONG"):
+            await collected(encoded(source(), lambda rate: wav, encoder), limits)
+        with pytest.raises(OutOfRange, match="AUDIO_TOO_LONG"):
+            await encoded_whole(whole, lambda rate: wav, encoder, limits)
 
 
 async def test_no_room_is_told_before_anything_is_asked_for() -> None:
