@@ -23,7 +23,7 @@ RETRY_SECONDS = 1.0
 
 def told(error: grpc.aio.AioRpcError) -> ChorusError:
     """A backend's own error as it is; one that gRPC made, such as a broken connection, in our words."""
-    status = rpc_status.from_call(cast("grpc.Call", error))
+    status = _status(error)
     if status is not None and _is_ours(status):
         return Relayed(error.code(), status)
     match error.code():
@@ -35,6 +35,14 @@ def told(error: grpc.aio.AioRpcError) -> ChorusError:
             return OutOfRange("the backend's reply was larger than a message may be", "REPLY_TOO_LARGE")
     # The caller's frame logs it and tells no more than an id.
     raise error
+
+
+def _status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
+    """What a backend's trailers say of its error. Where a deadline passes as they arrive, gRPC says something else."""
+    try:
+        return rpc_status.from_call(cast("grpc.Call", error))
+    except ValueError:  # the two do not agree
+        return None
 
 
 def _is_ours(status: status_pb2.Status) -> bool:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 from google.rpc import error_details_pb2 as details_pb2
 from google.rpc import status_pb2
+from grpc.aio import Metadata
+from grpc_status import rpc_status
 
 from batcher import errors as batcher_errors
 from common import errors
 from common.errors import ChorusError, Internal, InvalidArgument, Relayed, ResourceExhausted, Violation, quoted
+from gateway import upstream
 from service.speaking import JITTER, told
 
 SUBCLASSES = [kind for kind in ChorusError.__subclasses__() if kind is not Relayed]
@@ -102,3 +106,15 @@ def test_a_full_queue_spreads_its_callers() -> None:
     delays = {told(batcher_errors.QueueFullError(2.0)).retry_after for _ in range(50)}
     assert len(delays) > 1
     assert all(delay is not None and 2.0 <= delay <= 2.0 * (1 + JITTER) for delay in delays)
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_a_backend_whose_error_and_trailers_disagree_is_told_by_its_code(agreed: bool) -> None:
+    """As when the deadline passes here while its error is on the way."""
+    status = errors.DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED").status()
+    trailers = Metadata(*rpc_status.to_status(status).trailing_metadata)
+    details = "the deadline passed" if agreed else "Stream removed (Deadline Exceeded)"
+    error = grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, Metadata(), trailers, details)
+    of_backend = upstream.told(error)
+    assert isinstance(of_backend, Relayed) == agreed
+    assert (of_backend.code, of_backend.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
