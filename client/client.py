@@ -172,7 +172,10 @@ async def _messages(call: StreamCall) -> AsyncGenerator[StreamMessage, None]:
 def call_error(error: grpc.aio.AioRpcError) -> CallError:
     """A failed call, with its details unpacked."""
     info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-    status = rpc_status.from_call(cast("grpc.Call", error))
+    try:
+        status = rpc_status.from_call(cast("grpc.Call", error))
+    except ValueError:  # a deadline that passes as the trailers arrive says something else than they do
+        status = None
     for detail in status.details if status is not None else ():
         detail.Unpack(info)
         detail.Unpack(bad)

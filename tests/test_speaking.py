@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 import weakref
 
+from batcher.policy import Policy
 from batcher.runner import Runner
-from batcher.scheduler import Policy
 from common.calls import Call
 from common.settings import ToneSettings
 from protos.chorus.v1 import tts_pb2
@@ -47,7 +47,8 @@ async def test_of_what_was_heard_nothing_is_kept() -> None:
     runner = Runner(engine, Policy())
     runner.start()
     manner = parse_config(tts_pb2.StreamConfig(), engine)
-    messages = speak(runner, engine, manner, script, Call("", ""), Terms(max_rows=2, deadline=time.monotonic() + 60))
+    terms = Terms(max_rows=2, deadline=time.monotonic() + 60, stream=True)
+    messages = speak(runner, engine, manner, script, Call("", ""), terms)
     marks = 0
     async for message in messages:
         if isinstance(message, tts_pb2.SegmentMark):
