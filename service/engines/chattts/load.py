@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
+import torch.cpu
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
-from service.engines.chattts.checkpoint import CONFIG, DECODER, EMBED, FILES, GPT, TOKENIZER, VOCOS, Dimensions
+from common.errors import StartupError
+from service.engines.chattts.check import FETCH, check_checkpoint
+from service.engines.chattts.checkpoint import DECODER, EMBED, GPT, SPECIAL_TOKENS, TOKENIZER, VOCOS, Dimensions
 from service.engines.chattts.package import speaker_statistics
 
 __all__ = ["Dimensions", "Weights", "load_weights"]
@@ -52,52 +53,98 @@ class Weights:
     """A digest of the files: changes when the weights do."""
 
 
-def load_weights(folder: Path, device: str = "auto", dtype: str = "auto", *, check_sums: bool = True) -> Weights:
+def load_weights(
+    folder: Path,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    *,
+    check_sums: bool = True,
+) -> Weights:
     """Reads a checkpoint.
 
     Args:
         folder: has `asset/gpt/config.json` and so on.
-        device: `cuda`, `cpu`, or `auto`: a GPU where there is one.
-        dtype: `bf16`, `fp16`, `fp32`, or `auto`: what is fast on the device. Decoder and Vocos are always fp32.
+        device: `auto` is a GPU where there is one. Among several, CUDA_VISIBLE_DEVICES chooses.
+        dtype: of transformer, embeddings and heads; see `choose_dtype`. Decoder and Vocos are always fp32.
         check_sums: refuse weights other than the published ones. Random weights are others.
 
     Raises:
-        StartupError: the files are missing, wrong, truncated or no checkpoint; or there is no such device.
+        StartupError: files are missing, wrong, truncated or no checkpoint; or the device is not there or too small.
     """
-    where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-    kind = DTYPES["fp32" if dtype == "auto" else dtype]
-    config = json.loads((folder / CONFIG).read_bytes())
-    embed = load_file(folder / EMBED)
-    codebooks = range(sum(name.startswith("emb_code.") for name in embed))
-    std, mean = map(torch.from_numpy, speaker_statistics(config["hidden_size"]))
-    return Weights(
-        dimensions=Dimensions(
-            hidden=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            head_dim=config["hidden_size"] // config["num_attention_heads"],
-            ffn=config["intermediate_size"],
-            max_positions=config["max_position_embeddings"],
-            rope_theta=config["rope_theta"],
-            norm_eps=config["rms_norm_eps"],
-            codebooks=len(codebooks),
-            audio_vocabulary=len(embed["emb_code.0.weight"]),
-            text_vocabulary=len(embed["emb_text.weight"]),
-        ),
-        gpt=_resident(load_file(folder / GPT), where, kind),
-        embed_audio=torch.stack([embed[f"emb_code.{n}.weight"] for n in codebooks]).to(where, kind),
-        embed_text=embed["emb_text.weight"].to(where, kind, copy=True),
-        head_audio=torch.stack([_folded(embed, f"head_code.{n}") for n in codebooks]).to(where, kind),
-        head_text=_folded(embed, "head_text").to(where, kind),
-        decoder=_resident(load_file(folder / DECODER), where, torch.float32),
-        vocos=_resident(load_file(folder / VOCOS), where, torch.float32),
-        tokenizer=cast(PreTrainedTokenizerFast, BertTokenizerFast.from_pretrained(folder / TOKENIZER)),
-        speaker_std=std,
-        speaker_mean=mean,
-        device=where,
-        dtype=kind,
-        revision=_revision(folder),
-    )
+    where = choose_device(device)
+    kind = choose_dtype(dtype, where)
+    dimensions, revision = check_checkpoint(folder, check_sums=check_sums)
+    tokenizer = _load_tokenizer(folder / TOKENIZER, dimensions.text_vocabulary)
+    std, mean = map(torch.from_numpy, speaker_statistics(dimensions.hidden))
+    try:
+        embed = load_file(folder / EMBED)
+        codebooks = range(dimensions.codebooks)
+        return Weights(
+            dimensions=dimensions,
+            gpt=_resident(load_file(folder / GPT), where, kind),
+            embed_audio=torch.stack([embed[f"emb_code.{n}.weight"] for n in codebooks]).to(where, kind),
+            embed_text=embed["emb_text.weight"].to(where, kind, copy=True),
+            head_audio=torch.stack([_folded(embed, f"head_code.{n}") for n in codebooks]).to(where, kind),
+            head_text=_folded(embed, "head_text").to(where, kind),
+            decoder=_resident(load_file(folder / DECODER), where, torch.float32),
+            vocos=_resident(load_file(folder / VOCOS), where, torch.float32),
+            tokenizer=tokenizer,
+            speaker_std=std,
+            speaker_mean=mean,
+            device=where,
+            dtype=kind,
+            revision=revision,
+        )
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"the GPU has no room for the weights: free it, or set chattts.device=cpu ({error})"
+        ) from None
+
+
+def choose_device(device: Literal["auto", "cuda", "cpu"]) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        StartupError: a GPU is wanted, and torch sees none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs only"
+        raise StartupError(
+            f"chattts.device is cuda, but torch {torch.__version__} ({built}) sees no GPU; set it to cpu"
+        )
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: Literal["auto", "bf16", "fp16", "fp32"], device: torch.device) -> torch.dtype:
+    """The number format to compute in.
+
+    `auto` is bf16 on a GPU and on processors that multiply it themselves (AMX, AVX512-BF16), and fp32 elsewhere, where
+    bf16 would be emulated and slow.
+    """
+    if dtype != "auto":
+        return DTYPES[dtype]
+    return torch.bfloat16 if device.type == "cuda" or _has_native_bf16() else torch.float32
+
+
+def _has_native_bf16() -> bool:
+    features = torch.cpu.get_capabilities()
+    return any(features.get(feature) for feature in ("amx_bf16", "avx512_bf16"))
+
+
+def _load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
+    """The tokenizer, through the class by which upstream loads it (`model/tokenizer.py`)."""
+    try:
+        tokenizer = cast(PreTrainedTokenizerFast, BertTokenizerFast.from_pretrained(folder))
+    except Exception as error:  # transformers and its Rust half raise whatever they like, bare Exception too
+        raise StartupError(f"{folder} has no tokenizer that can be read ({error}); {FETCH}") from error
+    if len(tokenizer) != vocabulary:
+        raise StartupError(f"{folder} has {len(tokenizer)} tokens, but the weights {vocabulary}; {FETCH}")
+    broken = [token for token in SPECIAL_TOKENS if tokenizer.tokenize(token) != [token]]
+    if broken:
+        raise StartupError(f"{folder} does not know {', '.join(broken[:3])} as single tokens; {FETCH}")
+    return tokenizer
 
 
 def _resident(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -110,11 +157,3 @@ def _folded(embed: Mapping[str, Tensor], head: str) -> Tensor:
     lengths, directions = (embed[f"{head}.parametrizations.weight.original{n}"].float() for n in range(2))
     folded: Tensor = directions * (lengths / torch.linalg.vector_norm(directions, dim=1, keepdim=True))
     return folded
-
-
-def _revision(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in FILES:
-        with (folder / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:12]

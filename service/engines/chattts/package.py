@@ -1,7 +1,7 @@
 """What Chorus reads from the installed ChatTTS package, without importing it.
 
-`import ChatTTS` loads torchaudio, numba, vocos and transformers' models, none of which serving needs. Its data are a
-plain module and JSON files, so they are read as files.
+`import ChatTTS` loads torchaudio, numba, vocos and transformers' models, and serving needs none of them. The package's
+data are JSON files and a module that imports nothing, so they are read as files.
 """
 
 from __future__ import annotations
@@ -18,42 +18,50 @@ from numpy.typing import NDArray
 
 from common.errors import StartupError
 
+ADVICE = "install 0.2.5: pip install -c constraints.txt '.[service,chattts]'"
+
 
 def speaker_statistics(hidden: int) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-    """Standard deviation and mean of speaker vectors, [hidden] each, from `Config.spk_stat`.
+    """Standard deviation and mean of speaker vectors, [hidden] each, from `Config.spk_stat` (`config/config.py`).
 
-    A model narrower than the published one (768), as tests use, has the first `hidden` of each.
+    The published model has 768 of each. A narrower one, as tests use, has the first ones.
 
     Raises:
-        StartupError: the package is not installed, or is another version than the one that Chorus knows.
+        StartupError: the package is missing or has them elsewhere, or the model is wider.
     """
     try:
-        packed = np.frombuffer(pybase16384.decode_from_string(_config().spk_stat), dtype=np.float16)
-        std, mean = np.split(packed, 2)
-    except (AttributeError, ValueError) as error:
-        raise StartupError(f"the ChatTTS package has no speaker statistics where 0.2.5 has them: {error}") from None
+        std, mean = np.split(np.frombuffer(pybase16384.decode_from_string(_config().spk_stat), dtype=np.float16), 2)
+    except (AttributeError, OSError, ValueError) as error:
+        raise StartupError(f"the ChatTTS package has no speaker statistics ({error}); {ADVICE}") from None
     if len(std) < hidden:
-        raise StartupError(f"the ChatTTS package describes speakers by {len(std)} numbers, but the weights by {hidden}")
+        raise StartupError(f"the ChatTTS package describes speakers by {len(std)} numbers, these weights by {hidden}")
     return std[:hidden].copy(), mean[:hidden].copy()
 
 
 def published_sums() -> dict[str, str]:
-    """SHA-256 sums of the published weights by file name, from `res/sha256_map.json`: `asset/gpt/config.json` → hex.
+    """SHA-256 sums of the published weights: `asset/gpt/config.json` is called `sha256_asset_gpt_config_json`.
 
     Raises:
-        StartupError: the package is not installed, or is another version than the one that Chorus knows.
+        StartupError: the package is missing or has them elsewhere.
     """
-    folder = _package()
+    return _resource("sha256_map.json")
+
+
+def homophones() -> dict[str, str]:
+    """Chinese characters that the model misreads → characters that sound as they should.
+
+    Raises:
+        StartupError: the package is missing or has them elsewhere.
+    """
+    return _resource("homophones_map.json")
+
+
+def _resource(name: str) -> dict[str, str]:
     try:
-        sums: dict[str, str] = json.loads((folder / "res" / "sha256_map.json").read_bytes())
+        table: dict[str, str] = json.loads((_package() / "res" / name).read_bytes())
     except (OSError, ValueError) as error:
-        raise StartupError(f"the ChatTTS package has no checksums where 0.2.5 has them: {error}") from None
-    return sums
-
-
-def sum_key(file: str) -> str:
-    """How `published_sums` names a file: `asset/gpt/config.json` is `sha256_asset_gpt_config_json`."""
-    return "sha256_" + file.replace("/", "_").replace(".", "_")
+        raise StartupError(f"the ChatTTS package has no {name} ({error}); {ADVICE}") from None
+    return table
 
 
 @cache
@@ -68,8 +76,8 @@ def _config() -> Any:
 
 @cache
 def _package() -> Path:
-    """The package's folder. Finding it runs none of its code."""
+    """The package's folder. To find it runs none of its code."""
     spec = importlib.util.find_spec("ChatTTS")
     if spec is None or not spec.submodule_search_locations:
-        raise StartupError("the ChatTTS package is not installed: pip install -c constraints.txt '.[chattts]'")
+        raise StartupError(f"the ChatTTS package is not installed; {ADVICE}")
     return Path(spec.submodule_search_locations[0])
