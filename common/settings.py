@@ -175,6 +175,23 @@ class EspeakSettings(Section):
     """Synthesisers that run at once; 0: one a core."""
 
 
+class ChatTTSSettings(Section):
+    """The model. Several cards: a service for each, with CUDA_VISIBLE_DEVICES."""
+
+    folder: Path | None = None
+    """Weights: the folder that has `asset/gpt/config.json`. Without it they are fetched once, 1.1 GB."""
+    cache: Path | None = None
+    """Where fetched weights are kept. Default: where the Hugging Face hub's tools keep theirs."""
+    check_sums: bool = True
+    """Refuse weights other than the published ones."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto`: a GPU where there is one."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """What the transformer computes in. `auto`: bf16 where the hardware has it."""
+    voices: Path | None = None
+    """A file in the form of `service/engines/chattts/voices.toml`. Default: that one."""
+
+
 class ToneSettings(Section):
     """The engine for tests, load and benchmarks: costs and faults by setting. Times are in milliseconds."""
 
@@ -228,6 +245,7 @@ class Settings(BaseSettings):
     gateway: GatewaySettings = GatewaySettings()
     batcher: BatcherSettings = BatcherSettings()
     espeak: EspeakSettings = EspeakSettings()
+    chattts: ChatTTSSettings = ChatTTSSettings()
     tone: ToneSettings = ToneSettings()
 
     @classmethod

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from tests.stack import Server, Stack, running_stack
+
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # ChatTTS would compile for ten seconds, to replace a few characters
 
 
 @pytest.fixture
@@ -29,3 +33,21 @@ async def module_stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterato
 async def pair(module_stack: Stack) -> tuple[Server, Server]:
     """A tone service without costs and a gateway in front of it, for tests that leave them as they were."""
     return await module_stack.pair()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ChatTTS checkpoint with random weights, which no test may change."""
+    from service.engines.chattts.checkpoint import SIZES, make_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny-checkpoint")
+    make_checkpoint(folder, SIZES["tiny"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def upstream(tiny_checkpoint: Path) -> Any:
+    """Unmodified upstream with the tiny checkpoint, which no test may change."""
+    from service.engines.chattts.upstream import load_upstream
+
+    return load_upstream(tiny_checkpoint)
