@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
 
 from service.engines.chattts import checkpoint
 from service.engines.chattts.check import file_sums, read_size
@@ -34,6 +35,15 @@ def test_tensors_are_those_of_upstreams_own_modules(size: str, tiny_checkpoint: 
     made = {file: dict(shapes) for file, shapes in checkpoint._shapes(SIZES[size])}
     del made[GPT]
     assert {file: dict(sorted(shapes.items())) for file, shapes in made.items()} == wanted
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_transformer_is_a_llama_model(size: str) -> None:
+    with torch.device("meta"):
+        model = LlamaModel(LlamaConfig(**checkpoint._config(SIZES[size].gpt)))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    del shapes["embed_tokens.weight"]  # upstream has embeddings of its own
+    assert shapes == checkpoint.gpt_shapes(SIZES[size].gpt)
 
 
 def test_full_size_has_the_published_number_of_parameters() -> None:

@@ -216,8 +216,8 @@ def _compare(path: Path, wanted_for: Callable[[Shapes], Shapes], ignored: Collec
     header = {name: tensor for name, tensor in _header(path).items() if name not in ignored}
     try:
         wanted = wanted_for({name: shape for name, (_, shape) in header.items()})
-    except (KeyError, IndexError) as error:
-        raise StartupError(f"{path} lacks a tensor, or the shape of one: {error}; {FETCH}") from None
+    except (KeyError, ValueError) as error:
+        raise StartupError(f"{path} lacks a tensor, or one has a wrong shape: {error}; {FETCH}") from None
     faults = [f"{name} is missing" for name in wanted if name not in header]
     faults += [f"{name} does not belong there" for name in header if name not in wanted]
     for name, (dtype, shape) in header.items():

@@ -153,7 +153,6 @@ def _resident(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.
 
 
 def _folded(embed: Mapping[str, Tensor], head: str) -> Tensor:
-    """A weight-normed layer's weight, in fp32, bit for bit as `torch.nn.utils.parametrizations.weight_norm` has it."""
+    """A weight-normed layer's weight, in fp32, by the function that upstream calls at each use."""
     lengths, directions = (embed[f"{head}.parametrizations.weight.original{n}"].float() for n in range(2))
-    folded: Tensor = directions * (lengths / torch.linalg.vector_norm(directions, dim=1, keepdim=True))
-    return folded
+    return torch._weight_norm(directions, lengths, 0)

@@ -6,9 +6,8 @@ data are JSON files and a module that imports nothing, so they are read as files
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +63,18 @@ def _resource(name: str) -> dict[str, str]:
     return table
 
 
-@cache
 def _config() -> Any:
-    spec = importlib.util.spec_from_file_location("_chattts_config", _package() / "config" / "config.py")
+    spec = spec_from_file_location("_chattts_config", _package() / "config" / "config.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Config
 
 
-@cache
 def _package() -> Path:
     """The package's folder. To find it runs none of its code."""
-    spec = importlib.util.find_spec("ChatTTS")
+    spec = find_spec("ChatTTS")
     if spec is None or not spec.submodule_search_locations:
         raise StartupError(f"the ChatTTS package is not installed; {ADVICE}")
     return Path(spec.submodule_search_locations[0])
