@@ -17,7 +17,7 @@ PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. -
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-run: $(VENV)/.installed ## Start everything on this machine and speak a sentence. ENGINE=espeak|tone, CARDS=1.
+run: $(VENV)/.installed $(if $(filter chattts,$(ENGINE)),$(VENV)/.chattts) ## Start everything on this machine and speak a sentence. ENGINE=espeak|tone|chattts, CARDS=1.
 	@$(VENV)/bin/chorus up --hello --cards $(or $(CARDS),1) $(if $(ENGINE),--engine $(ENGINE))
 
 test: $(DEV_VENV)/.installed ## Run all tests.
@@ -60,8 +60,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[service]'
 	touch $@
 
+$(VENV)/.chattts: $(VENV)/.installed
+	@echo "installing ChatTTS and PyTorch into $(VENV) …"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[service,chattts]'
+	touch $@
+
 $(DEV_VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(DEV_VENV) …"
 	$(PYTHON) -m venv $(DEV_VENV)
-	$(DEV_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[service,dev]'
+	$(DEV_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[service,chattts,dev]'
 	touch $@

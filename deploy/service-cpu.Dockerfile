@@ -1,8 +1,5 @@
 # The process that owns an engine, on a CPU. Build from the repository's root:
 #   docker build -f deploy/service-cpu.Dockerfile -t chorus-service:cpu .
-#
-# The extra `chattts` is not in pyproject.toml yet: until it is, pip warns and leaves it out, and the image speaks with
-# CHORUS_ENGINE=espeak only.
 FROM python:3.11.14-slim-bookworm AS build
 
 WORKDIR /src

@@ -1,9 +1,6 @@
 # The process that owns an engine, on an NVIDIA GPU. Build from the repository's root:
 #   docker build -f deploy/service-cuda.Dockerfile -t chorus-service:cuda .
 # Run it with `--gpus device=0`: one process a card.
-#
-# The extra `chattts` is not in pyproject.toml yet: until it is, pip warns and leaves it out, and the image speaks with
-# CHORUS_ENGINE=espeak only.
 FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04 AS python
 
 # Ubuntu keeps no old versions of its packages, so a pinned one breaks the build with the next update. Python is 3.12.

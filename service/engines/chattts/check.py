@@ -191,18 +191,17 @@ def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise StartupError(f"{path} cannot be read: {error}") from None
+    except SafetensorError as error:
         if _is_pointer(path):
             raise StartupError(f"{path} is only Git LFS's pointer to the file; run `git lfs pull` in there") from None
         raise StartupError(f"{path} is not a whole safetensors file ({error}); {FETCH}") from None
 
 
 def _is_pointer(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(40).startswith(b"version https://git-lfs")
-    except OSError:
-        return False
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
 
 
 def _compare(path: Path, wanted_for: Callable[[Shapes], Shapes], ignored: Collection[str] = ()) -> None:
