@@ -250,7 +250,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: shutil.rmtree(folder / "asset"),
         "has no ChatTTS weights: it should have asset/",
     ),
-    "the folder below": (_move_up, "name the folder that has asset in it: {parent}"),
+    "the folder below": (_move_up, "should be the folder asset in it; move its files into a folder asset"),
     "files from before 0.2": (_old_release, "has .pt files, from before ChatTTS 0.2: they may run code"),
     **{f"no {name}": (_remove(name), f"lacks {name}; fetch") for name in FILES},
     "two missing": (lambda folder: (_remove(GPT)(folder), _remove(VOCOS)(folder))[0], f"lacks {GPT}, {VOCOS}; fetch"),
@@ -329,9 +329,15 @@ def test_what_is_wrong_with_the_files_is_said(folder: Path, damage: Callable[[Pa
     with pytest.raises(StartupError) as caught:
         load(folder)
     said = str(caught.value)
-    assert message.format(parent=folder.parent) in said
+    assert message in said
     assert str(folder.parent) in said
     assert len(said) < 1200
+
+
+def test_the_folder_below_is_told_from_the_right_one(folder: Path) -> None:
+    with pytest.raises(StartupError) as caught:
+        load(folder / "asset")
+    assert str(caught.value).endswith(f"; name {folder}")
 
 
 class TestSums:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batcher.engine import Controls, Segment
@@ -95,7 +95,7 @@ class TestEqualToUpstream:
         assert prompt.speaker is None
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None)
 @given(text=ANY_TEXT, language=st.sampled_from(["zh-CN", "en-US"]))
 def test_any_text_is_read_as_upstream_reads_it(upstream: Any, prompter: Prompter, text: str, language: str) -> None:
     theirs = [upstream_text(upstream, text, language)]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def _check_files(folder: Path) -> None:
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    missing = [name for name in FILES if not os.path.isfile(folder / name)]  # unlike Path.is_file, it never raises
     if not missing:
         return
     if not folder.is_dir():
@@ -152,8 +153,9 @@ def _check_files(folder: Path) -> None:
     if len(missing) < len(FILES):
         raise StartupError(f"{folder} lacks {', '.join(missing)}; {FETCH}")
     if (folder / "gpt").is_dir():
-        raise StartupError(f"chattts.folder: name the folder that has {ASSETS} in it: {folder.parent}")
-    if any(folder.rglob("*.pt")):
+        todo = f"name {folder.parent}" if folder.name == ASSETS else f"move its files into a folder {ASSETS} in it"
+        raise StartupError(f"chattts.folder: {folder} is itself what should be the folder {ASSETS} in it; {todo}")
+    if any(chain(folder.glob("*.pt"), folder.glob("*/*.pt"))):
         raise StartupError(
             f"{folder} has .pt files, from before ChatTTS 0.2: they may run code and are not read; {FETCH}"
         )
