@@ -106,7 +106,7 @@ class Size:
 
 
 def _size(hidden: int, layers: int, heads: int, ffn: int, blocks: int, width: int, vocos: Vocoder) -> Size:
-    """A size that obeys upstream: hidden states are two frames of the decoder, and so are the DVAE's codes of its."""
+    """A size that obeys upstream: a hidden state is two frames of the decoder, and a code two of the DVAE's."""
     text = BASE_VOCABULARY + len(SPECIAL_TOKENS)
     frame, bottleneck = hidden // 2, width // 4
     code = 4 * frame // 3
@@ -298,12 +298,14 @@ def _one_sided(name: str, values: Array) -> Array:
         return values / 0.3 * np.float32(3.0 ** int(scale[1]))
     if values.ndim < 2 or name.startswith("head") or name.endswith((".fb", "coef")):
         return values
-    kept = np.zeros_like(values)
+    # A depthwise convolution has one input, which both halves take.
     outputs, inputs = values.shape[0] // 2, values.shape[1] // 2
-    mixes, taps = values.shape[1] > 1, values.ndim == 3
-    early, late = (..., slice(0, 1)) if taps else (...,), (..., slice(-1, None)) if taps else (...,)
-    kept[:outputs, : inputs if mixes else 1][early] = values[:outputs, : inputs if mixes else 1][early]
-    kept[outputs:, inputs:][late] = values[outputs:, inputs:][late]
+    early: tuple[slice, ...] = (slice(outputs), slice(max(inputs, 1)))
+    late: tuple[slice, ...] = (slice(outputs, None), slice(inputs, None))
+    if values.ndim == 3:
+        early, late = (*early, slice(1)), (*late, slice(-1, None))
+    kept = np.zeros_like(values)
+    kept[early], kept[late] = values[early], values[late]
     return kept * np.float32(math.sqrt(values.size / np.count_nonzero(kept)))
 
 
