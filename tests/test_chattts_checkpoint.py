@@ -40,7 +40,7 @@ def test_tensors_are_those_of_upstreams_own_modules(size: str, tiny_checkpoint: 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_transformer_is_a_llama_model(size: str) -> None:
     with torch.device("meta"):
-        model = LlamaModel(LlamaConfig(**checkpoint._config(SIZES[size].gpt)))
+        model = LlamaModel(LlamaConfig.from_dict(checkpoint._config(SIZES[size].gpt)))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     del shapes["embed_tokens.weight"]  # upstream has embeddings of its own
     assert shapes == checkpoint.gpt_shapes(SIZES[size].gpt)
