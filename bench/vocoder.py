@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +27,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-from bench.path import _commit
+from bench.report import metadata
 from bench.upstream_vocoder import Tensors, Upstream, checkpoint, decibels
 from service.engines.chattts.checkpoint import SIZES
 from service.engines.chattts.packing import FRAMES_PER_STEP
@@ -155,13 +152,9 @@ def _stream_error(decoder: Tensors, vocos: Tensors, upstream: Upstream) -> float
     return decibels(torch.cat(pieces), upstream(hidden))
 
 
-def _metadata(size: Size) -> dict[str, object]:
-    return {
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
+def _metadata(size: Size) -> dict[str, str | float]:
+    return metadata() | {
         "torch": torch.__version__,
-        "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "weights": size.weights,
         "rounds": size.rounds,
