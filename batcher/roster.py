@@ -38,7 +38,7 @@ class Roster:
     def find(self, ref: RowRef) -> Row | None:
         """The row that a report speaks of, unless it has left."""
         row = self.rows.get(ref.row)
-        return row if row is not None and row.ref == ref else None
+        return row if row is not None and (row.ref is ref or row.ref == ref) else None
 
     def seat(self, row: Row) -> None:
         """Gives a row a slot."""

@@ -349,6 +349,8 @@ class Scheduler:
             self._work.progress(row, report.steps_done - row.steps_done)
             row.steps_done = report.steps_done
             self._vocoding.advanced(row)
+        if report.ended is None and report.pcm is None:
+            return _NOTHING
         if report.ended is not None:
             self._end_row(row, report.ended)
         deliveries = self._deliver(row, report.pcm, now) if report.pcm is not None else []
@@ -562,6 +564,9 @@ class Scheduler:
         else:
             self.counters.expired_running += 1
 
+
+_NOTHING: list[Delivery] = []
+"""To deliver, as in most ticks of a row."""
 
 _REFUSALS: Mapping[type[BatcherError], str] = {
     QueueFullError: "full",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -228,6 +228,7 @@ class AnythingHappens(RuleBasedStateMachine):
         if plan is None:
             return
         self.check_joins(plan)
+        self.check_blocks(plan)
         if self.scheduler.policy.mode is Mode.CONTINUOUS and fault is None:
             self.check_order(waiting)
         for listener, was in before.items():
@@ -249,6 +250,13 @@ class AnythingHappens(RuleBasedStateMachine):
         if self.scheduler.policy.mode is Mode.CONTINUOUS:
             assert len(joined(plan)) == 1 or sum(map(sum, groups)) <= self.scheduler.policy.prefill_tokens
         assert all(min(group) >= (1 - MAX_PADDING) * max(group) for group in groups)
+
+    def check_blocks(self, plan: Plan) -> None:
+        """Rows are vocoded up to block ends, which depend on the step alone, or up to their own end."""
+        blocks = self.scheduler._vocoding._blocks
+        for ask in plan.vocode:
+            script = self.engine.scripts[self.engine.numbers[ask.ref.row]]
+            assert ask.to_step in (blocks.last(ask.to_step), min(script.steps, LONGEST))
 
     def check_order(self, waiting: dict[Request, Entry]) -> None:
         """Of those who waited, nobody joins before one of its class who is due earlier: so nobody starves."""
@@ -912,13 +920,32 @@ def mixed(count: int) -> list[Segment]:
     ]
 
 
+@pytest.mark.parametrize("count", [2, 24, 64])
+def test_rows_that_join_together_share_one_prefill(count: int) -> None:
+    """Whatever their voices and parameters, if their prompts are about equally long."""
+    engine = ToneEngine(ToneSettings(slots=64))
+    scheduler = Scheduler(engine.caps, Policy(prefill_tokens=10_000))
+    for segment in mixed(count):
+        request = Request([replace(segment, text="x" * 80 + segment.text)], Collector(identity(segment)), 1)
+        scheduler.submit(request, 0.0)
+    plan = scheduler.plan(0.0)
+    assert [len(group) for group in plan.joins] == [count]
+    engine.run(plan)
+    assert engine.prefill_calls == 1
+    assert engine.held_slots == count
+
+
+def identity(segment: Segment) -> Identity:
+    return Identity.of(segment.text, segment.voice, segment.language, segment.seed, segment.index)
+
+
 @pytest.mark.parametrize("count", [1, 2, 24, 64])
 def test_rows_of_all_voices_and_parameters_share_each_forward_pass(count: int) -> None:
     engine = ToneEngine(ToneSettings(slots=64))
     scheduler = Scheduler(engine.caps, Policy(max_steps_per_tick=1, first_block_steps=1, block_steps=1))
     readers = []
     for segment in mixed(count):
-        reader = Collector(Identity.of(segment.text, segment.voice, segment.language, segment.seed, segment.index))
+        reader = Collector(identity(segment))
         scheduler.submit(Request([segment], reader, 1), 0.0)
         readers.append(reader)
     for tick in range(1, 11):

@@ -200,6 +200,8 @@ class VirtualEngine:
         """Segment → samples made of it."""
         self.open: dict[int, int] = {}
         """Rows of which no end was reported yet → their segments."""
+        self.numbers: dict[int, int] = {}
+        """Rows → their segments, also those that are over."""
         self.closed = False
         self._behind = behind
         self._whole = whole
@@ -288,7 +290,7 @@ class VirtualEngine:
             self._check_join(join.ref)
             row = self._make_row(join.ref, join.segment)
             self._rows[join.ref.row] = self._holders[join.ref.slot] = touched[join.ref.row] = row
-            self.open[join.ref.row] = row.number
+            self.open[join.ref.row] = self.numbers[join.ref.row] = row.number
             self.vocoded.pop(row.number, None)  # a row that begins anew
             self._generations[join.ref.slot] = join.ref.generation
             row.check_fault()
