@@ -1,6 +1,7 @@
 """Who may come in: the work before the engine is bounded in seconds of its time, and what can't be in time is refused.
 
-With S the audio seconds a second that a full batch makes, and W the audio seconds that lie before the engine (those
+With S the audio seconds a second that a full batch makes (foretold by the time of its steps, corrected by what ticks
+have taken in fact), and W the audio seconds that lie before the engine (those
 predicted for rows that wait, and the rest of those that run):
 
 - full: W + estimate > S · `max_delay`, refused with the delay (W + estimate - S · `max_delay`) / S;
@@ -13,22 +14,24 @@ import math
 
 from batcher.engine import Caps
 from batcher.errors import DeadlineUnreachableError, FirstAudioUnreachableError
+from batcher.pace import Pace
 from batcher.policy import Policy
-from batcher.request import Priority, Request
-from batcher.work import Work
+from batcher.request import Request
+from batcher.work import Work, rank
 
 
 class Admission:
     """Checks requests against the work that lies before the engine."""
 
-    def __init__(self, caps: Caps, policy: Policy, work: Work) -> None:
+    def __init__(self, caps: Caps, policy: Policy, work: Work, pace: Pace) -> None:
         self._caps = caps
         self._policy = policy
         self._work = work
+        self._pace = pace
 
     def speed(self, rows: int) -> float:
-        """Seconds of audio a second that so many rows make."""
-        step = self._caps.step_seconds(rows)
+        """Seconds of audio a second that so many rows make, at the pace that ticks have shown."""
+        step = self._caps.step_seconds(rows) * self._pace.factor
         return rows / (step * self._caps.steps_per_second) if step > 0 else math.inf
 
     def delay(self, request: Request, speed: float, freed_steps: int = 0) -> float:
@@ -61,17 +64,15 @@ class Admission:
         longest = max(max(steps), max(sum(steps), request.expected_steps) / request.max_rows)
         tokens = max(row.prediction.prompt_tokens for row in request.current)
         rows = min(running + len(request.current), self._caps.max_rows)
-        return self._caps.prefill_seconds(tokens) + longest * self._caps.step_seconds(rows)
+        return self._caps.prefill_seconds(tokens) + longest * self._caps.step_seconds(rows) * self._pace.factor
 
-    def wait(self, priority: Priority, running: int, speed: float) -> float:
+    def wait(self, request: Request, running: int, speed: float) -> float:
         """Seconds until a newcomer's first row joins when all slots are taken by so many rows.
 
-        The waiting rows of its class or a higher one come first. A slot is free when the first of the running rows
-        ends: of n with an even spread of what they have left, after 2 / (n + 1) of the mean.
+        The waiting rows of its rank or a higher one come first. A slot is free when the first of the running rows ends:
+        of n with an even spread of what they have left, after 2 / (n + 1) of the mean.
         """
-        waiting = self._work.waiting[Priority.INTERACTIVE]
-        if priority is Priority.BATCH:
-            waiting += self._work.waiting[Priority.BATCH]
+        waiting = sum(self._work.waiting[: rank(request) + 1])
         steps = waiting + self._work.running * 2 / (running + 1)
         return steps / self._caps.steps_per_second / speed
 

@@ -25,6 +25,7 @@ from batcher.errors import (
 from batcher.estimate import Estimator
 from batcher.expiry import Expiry
 from batcher.grouping import group_by_length, padding
+from batcher.pace import Pace
 from batcher.playback import Playback
 from batcher.policy import Mode, Policy
 from batcher.request import (
@@ -63,7 +64,8 @@ class Scheduler:
         self._ceiling = Ceiling(caps, policy)
         self._work = Work()
         self._due = DueDates(caps, policy, self._work)
-        self._admission = Admission(caps, policy, self._work)
+        self._pace = Pace()
+        self._admission = Admission(caps, policy, self._work, self._pace)
         self._waiting = Waiting()
         self._static = StaticBatches(policy) if policy.mode is Mode.STATIC else None
         self._roster = Roster(caps.slots)
@@ -73,13 +75,15 @@ class Scheduler:
         self._requests: set[Request] = set()
         self._closed: list[Request] = []
         self._failures_in_a_row = 0
+        self._rows_ran = self._steps_made = 0
+        """In the last tick: rows that held a slot, and the steps that they did, all together."""
         self._speed = self._admission.speed(self._ceiling.rows)
 
     # -- what a tick is made of ---------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> Plan:
         """The next tick: who leaves, who joins, whose samples are made, how far all step."""
-        self._recover(now)
+        self._follow(now)
         leaves = self._roster.leave()
         joins = self._join(now)
         vocode = self._vocoding.choose(self._ceiling.vocode)
@@ -267,7 +271,11 @@ class Scheduler:
 
     # -- plan ---------------------------------------------------------------------------------------------------------
 
-    def _recover(self, now: float) -> None:
+    def _follow(self, now: float) -> None:
+        """Follows what the engine can do now."""
+        rows = max(1, self._rows_ran)
+        foretold = self.caps.step_seconds(rows) * self._steps_made / rows
+        self._pace.tick(now, self._rows_ran / self.caps.max_rows, foretold)
         self._ceiling.recover(now)
         self._speed = self._admission.speed(self._ceiling.rows)
 
@@ -347,6 +355,7 @@ class Scheduler:
             return self._fail(row.request, RowFailedError(report.error))
         if report.steps_done > row.steps_done:
             self._work.progress(row, report.steps_done - row.steps_done)
+            self._steps_made += report.steps_done - row.steps_done
             row.steps_done = report.steps_done
             self._vocoding.advanced(row)
         if report.ended is None and report.pcm is None:
@@ -444,7 +453,7 @@ class Scheduler:
         """Seconds until a newcomer's first row joins."""
         if len(self._waiting) < self._room():
             return 0.0
-        return self._admission.wait(request.priority, len(self._roster.running), self._speed)
+        return self._admission.wait(request, len(self._roster.running), self._speed)
 
     def _last_chance(self, request: Request) -> float | None:
         """When a request that still waits is given up."""
@@ -543,6 +552,7 @@ class Scheduler:
         self.counters.ticks += 1
         self.counters.steps += steps
         self.counters.row_steps += steps * len(self._roster.running)
+        self._rows_ran, self._steps_made = len(self._roster.running), 0
         self.counters.cancel_ticks_max = self._roster.longest_leave
 
     def _count_dispatch(self, request: Request, row: Row, due: float, now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -267,6 +268,43 @@ def test_a_prefill_does_not_hold_up_running_rows_for_long() -> None:
     assert len(joined(world.tick())) == 3  # 90 of 100 ms
     world.submit([engine.segment(Script(steps=50, prompt_tokens=500))], stream=True)
     assert [len(joined(world.tick())) for _ in range(2)] == [1, 2]  # one always may
+
+
+# -------------------------------------------------------------------------------------------------------------- pace
+
+
+def test_admission_counts_with_the_pace_that_ticks_have_shown() -> None:
+    """An engine that takes three times as long as it says carries a third; once it is quick again, all of it."""
+    world = one_seat(max_delay=1.0)
+    told = world.scheduler.speed
+    assert told == pytest.approx(1.0)
+    for tick in itertools.count():
+        if not world.requests and tick > 300:
+            break
+        if not world.requests:
+            world.say(20)
+        world.tick()
+        world.clock.now += 2 * STEP
+    assert world.scheduler.speed == pytest.approx(told / 3, rel=0.1)
+    world.say(6)
+    with pytest.raises(QueueFullError) as refusal:
+        world.say(6)  # 0.48 s of audio in all, 1.44 s of time
+    assert refusal.value.retry_after == pytest.approx(0.44, rel=0.2)
+    world.drain()
+    for _ in range(600):
+        if not world.requests:
+            world.say(8)
+        world.tick()
+    assert world.scheduler.speed == pytest.approx(told, rel=0.1)
+
+
+def test_a_rest_is_no_slow_tick() -> None:
+    world = one_seat()
+    for _ in range(50):
+        world.say(5)
+        world.drain()
+        world.clock.now += 100.0
+    assert world.scheduler.speed == pytest.approx(1.0, rel=0.1)
 
 
 # ------------------------------------------------------------------------------------------------------------ static
