@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import grpc
 
@@ -32,10 +34,10 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def cpu_seconds(self) -> float:
-        """What it has used so far, all threads, user and system, in steps of usually 10 ms."""
-        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
-        user, system = stat.rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        """What it and the processes it started have used so far, all threads, in steps of usually 10 ms."""
+        stats = [stat for path in Path("/proc").glob("[0-9]*/stat") if (stat := _stat(path))]
+        ticks = sum(int(stat[11]) + int(stat[12]) for stat in stats if stat[3] == str(self.process.pid))
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def wait_until_it_answers(self) -> None:
         """Asks it to speak until it does.
@@ -75,8 +77,19 @@ class Servers:
         address = free_address()
         return self._start("echo", address, [sys.executable, "-m", "bench.echo", address, *options], dict(os.environ))
 
+    def rival(self, module: str, options: Sequence[str], settings: Settings) -> Server:
+        """Another batcher. `options`: what its module takes, without the address. `settings`: of its engine."""
+        address = free_address()
+        environ = dict(os.environ) | environment(settings)
+        return self._start(module, address, [sys.executable, "-m", module, address, *options], environ)
+
     def _start(self, name: str, address: str, command: Sequence[str], environ: dict[str, str]) -> Server:
-        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=self._output, stderr=self._output)
+        # A directory of its own: for what is left behind by who is killed, and so that no two share a card.
+        temporary = self._stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
+        environ = environ | {"TMPDIR": temporary}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdout=self._output, stderr=self._output, start_new_session=True
+        )
         self._stack.callback(_end, process)
         return Server(name, address, process)
 
@@ -88,6 +101,15 @@ def free_address() -> str:
         return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
+def _stat(path: Path) -> list[str]:
+    """The fields of /proc/PID/stat from the state on: its session is the fourth. Empty if the process has ended."""
+    try:
+        return path.read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
+    """Kills it and what it started."""
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
