@@ -190,6 +190,16 @@ class ChatTTSSettings(Section):
     """What the transformer computes in. `auto`: bf16 where the hardware has it."""
     voices: Path | None = None
     """A file in the form of `service/engines/chattts/voices.toml`. Default: that one."""
+    slots: Annotated[int, Field(ge=0)] = 0
+    """Rows that run at once; 0: as many as there is memory for, up to 32 on a CPU and 256 on a GPU."""
+    max_steps: Count = 2048
+    """Steps after which a segment is cut, 46.875 a second; it is told (LENGTH)."""
+    lookahead_steps: Count | None = None
+    """Steps that the vocoder hears ahead. Default: all that matter, 52; fewer are sooner heard and less exact."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Threads that compute on a CPU; 0: one less than there are cores."""
+    deterministic: bool = False
+    """A row's tokens never depend on other rows, not even by rounding. Slow: every step is as dear as a full one."""
 
 
 class ToneSettings(Section):

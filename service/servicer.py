@@ -122,7 +122,7 @@ class Servicer(
         faults = []
         if not 0 <= request.page_size <= 1000:
             faults.append(Violation("page_size", f"is {request.page_size}; it goes from 0 to 1000"))
-        if request.page_token and request.page_token not in VOICES:
+        if request.page_token and request.page_token not in self._engine.voices:
             faults.append(Violation("page_token", "is none that a reply gave"))
         if faults:
             raise InvalidArgument.of(faults)
@@ -202,4 +202,4 @@ class Servicer(
             raise InvalidArgument.of([Violation("text", description)], "AUDIO_TOO_LONG")
 
     def _voice(self, name: str) -> tts_pb2.Voice:
-        return tts_pb2.Voice(name=name, description=VOICES[name], languages=self._engine.languages)
+        return tts_pb2.Voice(name=name, description=VOICES.get(name, ""), languages=self._engine.languages)

@@ -93,9 +93,9 @@ class Server:
             while await asyncio.to_thread(self.metric, name) != value:
                 await asyncio.sleep(POLL_SECONDS)
 
-    async def until_healthy(self) -> Self:
+    async def until_healthy(self, seconds: float = START_SECONDS) -> Self:
         """Waits until it serves."""
-        async with asyncio.timeout(START_SECONDS):
+        async with asyncio.timeout(seconds):
             while True:
                 assert self.process.returncode is None, f"{self.role} ended:\n{self.log_path.read_text()}"
                 try:

@@ -170,7 +170,7 @@ def test_check(up: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
         (["check", "-a", "127.0.0.1:1"], 69, "chorus up"),
         (["up", "--set", "gateway.listen=nonsense"], 78, "must be HOST:PORT"),
         (["service", "--set", "nonsense=1"], 78, "nonsense"),
-        (["service", "--set", "engine=chattts"], 78, "no chattts engine yet"),
+        (["service", "--set", "engine=chattts", "--set", "chattts.folder=/nowhere"], 78, "is no folder"),
         (["say", "x", "-o", "/missing/folder/x.wav"], 1, "No such file"),
     ],
 )

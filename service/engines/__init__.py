@@ -24,4 +24,9 @@ def load_engine(settings: Settings) -> SpeechEngine:
 
             return ToneEngine(settings.tone)
         case "chattts":
-            raise StartupError("this version has no chattts engine yet; use CHORUS_ENGINE=espeak")
+            try:
+                from service.engines.chattts.engine import ChatTTSEngine
+            except ModuleNotFoundError as error:
+                raise StartupError(f"{error}; install it: pip install -c constraints.txt '.[chattts]'") from None
+
+            return ChatTTSEngine(settings.chattts)

@@ -1,0 +1,96 @@
+"""What steps and prefills take on this machine, measured once at the start: the scheduler reckons with it."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from service.engines.chattts.decode import Decoder, Drawing, Row
+from service.engines.chattts.prompt import Prompt
+from service.engines.chattts.vocode import Vocoder, VocoderWork
+
+TOKENS = 16
+"""Of each prompt."""
+STEPS = 3
+"""That are timed; the quickest counts."""
+BLOCK = 24
+"""Steps that are vocoded at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds that things take, linearly between what was measured."""
+
+    widths: Sequence[int]
+    steps: Sequence[float]
+    """Of a step at each width, with the vocoding of what it makes."""
+    prefill_tokens: Sequence[int]
+    prefills: Sequence[float]
+
+    def step_seconds(self, rows: int) -> float:
+        """Of a step with so many rows."""
+        return _between(self.widths, self.steps, rows)
+
+    def prefill_seconds(self, tokens: int) -> float:
+        """Of a prefill of so many tokens, padding included."""
+        return _between(self.prefill_tokens, self.prefills, tokens)
+
+
+@torch.inference_mode()
+def measure(decoder: Decoder, vocoder: Vocoder) -> Costs:
+    """Decodes and vocodes nonsense at a few widths. It also warms up what is slow the first time."""
+    widths = sorted({1, -(-decoder.slots // 4), decoder.slots})
+    decoded = [_decoding(decoder, width) for width in widths]
+    step = measure_vocoder(vocoder, decoder.hidden_size, decoder.device)
+    return Costs(
+        widths=widths,
+        steps=[seconds + step * width for width, (_, seconds) in zip(widths, decoded, strict=True)],
+        prefill_tokens=[TOKENS * width for width in widths],
+        prefills=[prefill for prefill, _ in decoded],
+    )
+
+
+def _decoding(decoder: Decoder, rows: int) -> tuple[float, float]:
+    """Seconds of a prefill, and of a step."""
+    drawing = Drawing(min_steps=STEPS + 9, max_steps=STEPS + 9)
+    prompt = Prompt(list(range(1, TOKENS + 1)))
+    try:
+        prefill = _seconds(lambda: decoder.advance([[Row(prompt, drawing=drawing) for _ in range(rows)]], 0))
+        decoder.advance([], 1)
+        step = min(_seconds(lambda: decoder.advance([], 1)) for _ in range(STEPS))
+    finally:
+        decoder.clear()
+    return prefill, step
+
+
+@torch.inference_mode()
+def measure_vocoder(vocoder: Vocoder, hidden_size: int, device: torch.device) -> float:
+    """Seconds for a step of one row, in blocks."""
+    block, state = torch.zeros(BLOCK, hidden_size, device=device), vocoder.begin()
+    for _ in range(vocoder.lookahead_steps // BLOCK + 1):
+        vocoder.run([VocoderWork(state, block)])
+
+    def once() -> None:
+        vocoder.run([VocoderWork(state, block)]).samples.cpu()
+
+    return min(_seconds(once) for _ in range(STEPS)) / BLOCK
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
+    """The value at a place, by the straight line through its neighbours. Before the first it is the first's."""
+    if len(places) == 1 or place <= places[0]:
+        return values[0]
+    right = min(max(bisect_left(places, place), 1), len(places) - 1)
+    left = right - 1
+    slope = (values[right] - values[left]) / (places[right] - places[left])
+    return max(values[0], values[left] + slope * (place - places[left]))
