@@ -1,0 +1,294 @@
+"""What a step of the decode loop costs on this CPU, beside unmodified upstream and beside what must be read.
+
+    python -m bench.engine [--quick] [--json] [--threads 1]
+
+Weights are random and of full size, prompts have 23 tokens, rows never end. Upstream and ours take turns, and each
+figure is the minimum over the rounds: other work on the machine only adds. Milliseconds are CPU time of all threads;
+with one thread, which is the default, that is the time a step would take on a machine with nothing else to do.
+
+`ms_per_step`: of a pass for so many rows, with sampling. `ratio`: upstream's over ours, in fp32 and with our best type.
+`limit_ms_per_step`: weights and cache read once, at the rate at which this machine reads a large block.
+`rtf_single`: computing time over playing time for one row, vocoder included. `tie_rate`: tokens at temperature 1e-5
+that differ from upstream's at a gap of at most 1e-4, of all; a difference at a wider gap ends the benchmark.
+`match_rate_fast_mode`: tokens at the usual temperature that are the same alone and in a batch, up to the first that is
+not, of all. `rpc_load_slowdown`: wall time of a step beside a thread that runs Python half of the time, over without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.report import metadata
+from service.engines.chattts.checkpoint import SIZES, make_checkpoint
+from service.engines.chattts.costs import measure_vocoder
+from service.engines.chattts.decode import Decoder, Drawing, Row
+from service.engines.chattts.load import Weights, load_weights
+from service.engines.chattts.prompt import Prompt, Prompter
+from service.engines.chattts.upstream import import_chattts, load_upstream
+from service.engines.chattts.vocode import Vocoder
+
+STEPS_PER_SECOND = 46.875
+PROMPT_TOKENS = 23
+BATCHES = (1, 8, 32)
+LENGTH = 512
+TIE = 1e-4
+READ_BYTES = 1 << 28
+NOT_MEASURED = (
+    "a burst on a trace of ends (chorus_audio_s_per_s, upstream_audio_s_per_s, scheduling_factor)",
+    "first_audio_ms",
+    "int8 weights, torch.compile",
+)
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much to measure."""
+
+    weights: str
+    rounds: int
+    steps: int
+    """Timed in each round."""
+    compared: int
+    """Steps that are compared token by token."""
+
+
+TINY = Size("tiny", rounds=1, steps=2, compared=8)
+QUICK = Size("full", rounds=2, steps=4, compared=24)
+FULL = Size("full", rounds=6, steps=8, compared=200)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="about five minutes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    size = TINY if args.tiny else QUICK if args.quick else FULL
+    torch.set_num_threads(args.threads)
+    with TemporaryDirectory() as folder:
+        make_checkpoint(Path(folder), SIZES[size.weights])
+        report = _metadata(size) | measure(Path(folder), size)
+    print(json.dumps(report) if args.json else _table(report))
+
+
+@torch.inference_mode()
+def measure(folder: Path, size: Size) -> Figures:
+    """All figures."""
+    upstream = load_upstream(folder)
+    weights = {name: load_weights(folder, "cpu", name, check_sums=False) for name in ("fp32", "bf16")}
+    ours = {name: _decoder(each) for name, each in weights.items()}
+    vocoder_ms = 1e3 * STEPS_PER_SECOND * _vocoder_seconds(weights["fp32"])
+    steps: dict[str, dict[str, float]] = {name: {} for name in ("upstream", *ours)}
+    for rows in BATCHES:
+        ways: dict[str, Callable[[], list[float]]] = {
+            "upstream": lambda rows=rows: _upstream_steps(upstream, rows, size.steps),  # type: ignore[misc]
+            **{name: lambda each=each, rows=rows: _our_steps(each, rows, size.steps) for name, each in ours.items()},  # type: ignore[misc]
+        }
+        found = [{name: min(way()) for name, way in ways.items()} for _ in range(size.rounds)]
+        for name in ways:
+            steps[name][str(rows)] = round(1e3 * min(each[name] for each in found), 2)
+    best = {rows: min(steps["fp32"][rows], steps["bf16"][rows]) for rows in steps["fp32"]}
+    return {
+        "upstream_ms_per_step": steps["upstream"],
+        "fp32_ms_per_step": steps["fp32"],
+        "bf16_ms_per_step": steps["bf16"],
+        "ratio_fp32": {rows: round(steps["upstream"][rows] / ms, 3) for rows, ms in steps["fp32"].items()},
+        "ratio_best": {rows: round(steps["upstream"][rows] / ms, 3) for rows, ms in best.items()},
+        "limit_ms_per_step": {name: round(1e3 * _limit(each), 2) for name, each in weights.items()},
+        "vocoder_ms_per_audio_s": round(vocoder_ms, 2),
+        "rtf_single": round((best["1"] * STEPS_PER_SECOND + vocoder_ms) / 1e3, 3),
+        "tie_rate": _tie_rate(upstream, weights["fp32"], ours["fp32"], size.compared),
+        "match_rate_fast_mode": {name: _match_rate(each, size.compared) for name, each in ours.items()},
+        "rpc_load_slowdown": round(_slowdown(ours["fp32"], size.steps), 3),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "not_measured": NOT_MEASURED,
+    }
+
+
+def _decoder(weights: Weights) -> Decoder:
+    return Decoder(weights, max(BATCHES), LENGTH, Prompter(weights.tokenizer).refine_end)
+
+
+def _rows(count: int, steps: int, **fields: Any) -> list[Row]:
+    """That draw so many steps, with seeds of their own."""
+    prompt = Prompt(list(range(100, 100 + PROMPT_TOKENS)))
+    return [Row(prompt, drawing=Drawing(min_steps=steps, max_steps=steps, seed=n, **fields)) for n in range(count)]
+
+
+def _our_steps(decoder: Decoder, rows: int, steps: int) -> list[float]:
+    """Seconds of CPU of each step."""
+    decoder.advance([_rows(rows, steps + 2)], 1)
+    try:
+        return [_cpu_seconds(lambda: decoder.advance([], 1)) for _ in range(steps)]
+    finally:
+        decoder.clear()
+
+
+def _upstream_steps(upstream: Any, rows: int, steps: int) -> list[float]:
+    """Seconds of CPU between passes, which upstream's own model tells when it is called."""
+    calls: list[float] = []
+    hook = upstream.gpt.gpt.register_forward_pre_hook(lambda *_: calls.append(time.process_time()))
+    try:
+        _generate(upstream, _upstream_ids(rows), steps + 2, temperature=0.3)
+    finally:
+        hook.remove()
+    return [after - before for before, after in pairwise(calls[1:])]
+
+
+def _upstream_ids(rows: int) -> torch.Tensor:
+    return torch.arange(100, 100 + PROMPT_TOKENS)[None, :, None].expand(rows, -1, 4).contiguous()
+
+
+def _generate(upstream: Any, ids: torch.Tensor, steps: int, temperature: float, penalty: float = 1.05) -> Any:
+    warpers, processors = import_chattts().model.gen_logits(625, 0.7, 20, penalty)
+    mask = torch.ones(ids.shape[:2], dtype=torch.bool)
+    (result,) = upstream.gpt.generate(
+        upstream.embed(ids, mask),
+        ids,
+        temperature=torch.full((4,), temperature),
+        eos_token=625,
+        attention_mask=mask,
+        max_new_token=steps,
+        min_new_token=steps,
+        logits_processors=(*processors, *warpers),
+        return_hidden=True,
+        show_tqdm=False,
+    )
+    return result
+
+
+def _tie_rate(upstream: Any, weights: Weights, decoder: Decoder, steps: int) -> float:
+    """See the module.
+
+    Raises:
+        ArithmeticError: a token differs although the reference clearly preferred its own.
+    """
+    result = _generate(upstream, _upstream_ids(1), steps, temperature=1e-5, penalty=1.0)
+    tokens, hidden = result.ids[0].numpy(), result.hiddens[0]
+    (row,) = rows = _rows(1, steps, temperature=1e-5, penalty=1.0)
+    ties = 0
+    for step in range(steps):
+        decoder.advance([rows] if step == 0 else [], 0 if step == 0 else 1)
+        for codebook in np.flatnonzero(row.tokens[-1] != tokens[step]):
+            logits = weights.head_audio[codebook] @ hidden[step]
+            gap = float(abs(logits[tokens[step, codebook]] - logits[row.tokens[-1][codebook]]))
+            if gap > TIE:
+                raise ArithmeticError(f"step {step}, codebook {codebook}: a gap of {gap}")
+            ties += 1
+        if not row.over:
+            decoder.force(row, tokens[step])
+    return ties / int(tokens.size)
+
+
+def _match_rate(decoder: Decoder, steps: int, count: int = 8) -> float:
+    """See the module."""
+    together = _rows(count, steps)
+    _run(decoder, together)
+    matching = 0
+    for row, other in zip(_rows(count, steps), together, strict=True):
+        _run(decoder, [row])
+        differing = np.flatnonzero((row.tokens != other.tokens).any(axis=-1))
+        matching += int(differing[0]) if len(differing) else steps
+    return round(matching / (count * steps), 4)
+
+
+def _run(decoder: Decoder, rows: Sequence[Row]) -> None:
+    decoder.advance([rows], 0)
+    while decoder.rows:
+        decoder.advance([], 1)
+
+
+def _slowdown(decoder: Decoder, steps: int) -> float:
+    """See the module."""
+    idle = _wall_step(decoder, steps)
+    stopping = threading.Event()
+
+    def serve() -> None:
+        while not stopping.is_set():
+            until = time.monotonic() + 0.001
+            while time.monotonic() < until:
+                pass
+            time.sleep(0.001)
+
+    busy = threading.Thread(target=serve)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0002)
+    busy.start()
+    try:
+        return _wall_step(decoder, steps) / idle
+    finally:
+        stopping.set()
+        busy.join()
+        sys.setswitchinterval(before)
+
+
+def _wall_step(decoder: Decoder, steps: int) -> float:
+    decoder.advance([_rows(8, steps + 2)], 1)
+    try:
+        return min(_wall_seconds(lambda: decoder.advance([], 1)) for _ in range(steps))
+    finally:
+        decoder.clear()
+
+
+def _limit(weights: Weights) -> float:
+    """Seconds to read what a step of one row must read."""
+    read = [*weights.gpt.values(), weights.head_audio]
+    size: int = sum(each.nbytes for each in read)
+    return size / _bytes_per_second()
+
+
+def _bytes_per_second() -> float:
+    block = torch.ones(READ_BYTES // 4)
+    return READ_BYTES / min(_cpu_seconds(block.sum) for _ in range(5))
+
+
+def _vocoder_seconds(weights: Weights) -> float:
+    vocoder = Vocoder(weights.decoder, weights.vocos)
+    return measure_vocoder(vocoder, weights.dimensions.hidden, weights.device)
+
+
+def _cpu_seconds(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def _wall_seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _metadata(size: Size) -> Figures:
+    return metadata() | {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "weights": size.weights,
+        "rounds": size.rounds,
+    }
+
+
+def _table(report: Mapping[str, Any]) -> str:
+    return "\n".join(f"{key:<24} {value}" for key, value in report.items())
+
+
+if __name__ == "__main__":
+    main()
