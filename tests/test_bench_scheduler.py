@@ -84,5 +84,5 @@ def test_a_replay_refuses_what_is_beyond_the_bound() -> None:
     refused = [caller for caller in replay.callers if isinstance(caller.error, QueueFullError)]
     served = [caller for caller in replay.callers if caller.ended is not None]
     assert len(refused) + len(served) == 4000
-    bound = 2 * replay.scheduler.speed  # audio seconds
+    bound = 2 * Scheduler(replay.card.caps, Policy()).speed  # audio seconds; nothing had run when they came
     assert len(served) * 500 * 1.25 / 46.875 <= bound < (len(served) + 1) * 500 * 1.25 / 46.875

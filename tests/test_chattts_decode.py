@@ -43,8 +43,11 @@ def weights(tiny_checkpoint: Path) -> Weights:
 
 @pytest.fixture(autouse=True)
 def _inference() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the engine does for bits that depend on nothing
     with torch.inference_mode():
         yield
+    torch.set_num_threads(threads)
 
 
 @dataclass

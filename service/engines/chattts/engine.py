@@ -144,8 +144,8 @@ class ChatTTSEngine:
         # A step is a thousand calls of torch, each of which lets go of Python's lock and takes it back: by default a
         # busy event loop would keep it for 5 ms each time.
         sys.setswitchinterval(SWITCH_SECONDS)
-        # The event loop keeps a core.
-        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) - 1))
+        # The event loop keeps a core. With more threads a row's bits depend on its place in the batch.
+        torch.set_num_threads(1 if settings.deterministic else settings.threads or max(1, (os.cpu_count() or 1) - 1))
         folder = find_checkpoint(settings)
         weights = load_weights(folder, settings.device, settings.dtype, check_sums=settings.check_sums)
         length = PROMPT_TOKENS + max(settings.max_steps, REFINING.max_steps)
