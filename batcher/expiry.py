@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 from batcher.request import Request
 
+SLACK = 64
+"""Requests that are over and whose moments are not worth a clean-up."""
+
 
 class Expiry:
     """Moments, in seconds on the runner's clock, at which requests want to be looked at."""
@@ -15,9 +18,13 @@ class Expiry:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Request]] = []
         self._numbers = itertools.count()
+        self._over = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
 
     def add(self, request: Request, moment: float) -> None:
-        """A request wants to be looked at then. It may have several moments."""
+        """A request wants to be looked at then. It has one moment at a time."""
         heapq.heappush(self._heap, (moment, next(self._numbers), request))
 
     def due(self, now: float) -> Iterator[Request]:
@@ -26,6 +33,14 @@ class Expiry:
             _, _, request = heapq.heappop(self._heap)
             if not request.over:
                 yield request
+
+    def is_over(self) -> None:
+        """A request is over. Its moment may lie far ahead, and until then it would be kept: so most of them are not."""
+        self._over += 1
+        if self._over > len(self._heap) // 2 + SLACK:
+            self._heap = [entry for entry in self._heap if not entry[2].over]
+            heapq.heapify(self._heap)
+            self._over = 0
 
     @property
     def next(self) -> float | None:

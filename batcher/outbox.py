@@ -52,6 +52,11 @@ class Outbox:
         self._ended = False
         self.put(event)
 
+    def close(self) -> None:
+        """Nobody reads any more: what was not taken is dropped, and so is what comes."""
+        self._events.clear()
+        self._ended = True
+
     async def get(self) -> Event:
         """Takes the next event, waiting for it. One reader only."""
         while not self._events:

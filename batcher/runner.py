@@ -181,6 +181,7 @@ class Runner:
         try:
             yield Speaking(self, request, outbox)
         finally:
+            outbox.close()
             if not request.over:
                 with self._changed:
                     self.scheduler.cancel(request)

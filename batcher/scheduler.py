@@ -545,6 +545,7 @@ class Scheduler:
                 self._roster.leave_soon(row)
         request.current.clear()
         request.later.clear()
+        self._expiry.is_over()
 
     # -- counts -------------------------------------------------------------------------------------------------------
 

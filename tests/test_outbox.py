@@ -86,6 +86,19 @@ async def test_what_is_no_audio_wakes_nobody() -> None:
     assert outbox.starved
 
 
+async def test_what_comes_after_the_end_or_a_close_is_dropped() -> None:
+    outbox, _ = make_outbox()
+    for event in (audio(1), END, audio(2), END):
+        outbox.put(event)
+    assert [await outbox.get() for _ in range(2)] == [audio(1), END]
+    outbox.close()
+    outbox.put(audio(3))
+    reading = asyncio.create_task(outbox.get())
+    await asyncio.sleep(0)
+    assert not reading.done()
+    reading.cancel()
+
+
 @pytest.mark.parametrize("put_first", [False, True])
 async def test_a_reader_that_gives_up_waiting_loses_nothing(put_first: bool) -> None:
     outbox, _ = make_outbox()

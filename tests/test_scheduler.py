@@ -64,6 +64,11 @@ def joined(plan: Plan | None) -> list[int]:
     return [join.segment.seed for group in (plan.joins if plan else ()) for join in group]
 
 
+def numbers_of(request: Request) -> set[int]:
+    assert isinstance(request.reader, Listener)
+    return numbers(request.reader)
+
+
 def numbers(listener: Listener) -> set[int]:
     return {segment.seed for segment in listener.segments}
 
@@ -230,7 +235,7 @@ class AnythingHappens(RuleBasedStateMachine):
         self.check_joins(plan)
         self.check_blocks(plan)
         if self.scheduler.policy.mode is Mode.CONTINUOUS and fault is None:
-            self.check_order(waiting)
+            self.check_order(waiting, set(joined(plan)))
         for listener, was in before.items():
             if isinstance(listener.error, EngineFailedError):
                 assert fault is not None
@@ -258,13 +263,14 @@ class AnythingHappens(RuleBasedStateMachine):
             script = self.engine.scripts[self.engine.numbers[ask.ref.row]]
             assert ask.to_step in (blocks.last(ask.to_step), min(script.steps, LONGEST))
 
-    def check_order(self, waiting: dict[Request, Entry]) -> None:
+    def check_order(self, waiting: dict[Request, Entry], joining: set[int]) -> None:
         """Of those who waited, nobody joins before one of its class who is due earlier: so nobody starves."""
         still = self.scheduler._waiting._entries
+        seated = {request for request in waiting if not joining.isdisjoint(numbers_of(request))}
         for priority in Priority:
             mine = {request: entry for request, entry in waiting.items() if request.priority is priority}
             left = [entry for request, entry in mine.items() if still.get(request) is entry]
-            joined = [entry for request, entry in mine.items() if still.get(request) is not entry and not request.over]
+            joined = [entry for request, entry in mine.items() if request in seated]
             assert not joined or not left or max(joined) <= min(left)
 
     @invariant()
@@ -685,6 +691,18 @@ def test_who_waits_and_leaves_never_joins() -> None:
     world.drain()
     assert [number for plan in world.engine.plans for number in joined(plan)] == [0]
     check_nothing_is_left(world)
+
+
+def test_who_has_left_is_not_kept_until_its_deadline() -> None:
+    world = World(VirtualEngine(), Policy(max_delay=1e9, max_waiting=10**6))
+    stays = world.submit(world.engine.segments(50), deadline=3600.0)
+    for _ in range(1000):
+        world.cancel(world.submit(world.engine.segments(5), deadline=3600.0, stream=True))
+    assert len(world.scheduler._expiry) < 200
+    assert sum(len(heap) for heap in world.scheduler._waiting._heaps.values()) < 200
+    world.drain()
+    assert stays.ended
+    assert world.scheduler.next_expiry is None
 
 
 def test_leaving_twice_or_after_the_end_changes_nothing() -> None:
