@@ -135,8 +135,10 @@ async def test_a_flush_and_a_pause_both_speak_what_has_come(pair: tuple[Server, 
         heard.check("no full stop")
 
 
-async def test_flushed_text_without_sentences_goes_on_for_long(pair: tuple[Server, Server]) -> None:
-    call = dialogue(pair[1])
+@pytest.mark.asyncio(loop_scope="function")
+async def test_flushed_text_without_sentences_goes_on_for_long(stack: Stack) -> None:
+    _, gateway = await stack.pair(tone_steps_per_character=1)
+    call = dialogue(gateway)
     heard = Heard()
     reading = asyncio.create_task(hear(call, heard))
     await call.write(CONFIG)
