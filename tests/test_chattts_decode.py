@@ -194,7 +194,7 @@ def test_alone_by_teacher_forcing(weights: Weights, asker: Asker, references: li
             decoder.advance([], 1)
         assert row.done == STEPS
         assert row.ended is EndReason.LENGTH
-        assert torch.allclose(row.hidden(STEPS), reference.hidden, rtol=0, atol=2e-5)
+        assert torch.allclose(row.hidden(0, STEPS), reference.hidden, rtol=0, atol=2e-5)
 
 
 def test_free_running_alone(weights: Weights, asker: Asker, references: list[Reference]) -> None:
@@ -262,7 +262,7 @@ def test_free_running_with_rows_that_join_and_leave_at_random(
             follower.follow(row, running[row])
             if row.over:
                 assert row.done == STEPS
-                assert torch.allclose(row.hidden(STEPS), running.pop(row).hidden, rtol=0, atol=1e-4)
+                assert torch.allclose(row.hidden(0, STEPS), running.pop(row).hidden, rtol=0, atol=1e-4)
                 finished += 1
     assert finished == len(references) + 6
     follower.conclude()
@@ -278,7 +278,7 @@ def test_rows_end_where_upstream_ends_them(weights: Weights, asker: Asker) -> No
         assert row.done == len(reference.tokens)
         assert (row.tokens == reference.tokens).all()
         assert row.ended is (EndReason.COMPLETE if reference.ended else EndReason.LENGTH)
-        assert torch.allclose(row.hidden(row.done), reference.hidden, rtol=0, atol=1e-4)
+        assert torch.allclose(row.hidden(0, row.done), reference.hidden, rtol=0, atol=1e-4)
 
 
 def test_refined_text_is_upstreams_also_beside_speech(
@@ -467,12 +467,12 @@ def test_hidden_states_outlive_the_slot_until_they_are_dropped(weights: Weights,
     row, reference = asker.row("hello", lively(3)), asker.row("hello", lively(3))
     decoder = new_decoder(weights, 1)
     run(decoder, [[reference]], steps=3)
-    whole = reference.hidden(reference.done)
+    whole = reference.hidden(0, reference.done)
     run(decoder, [[row]], steps=3)
     assert row.place == -1
     run(decoder, [[asker.row("another", lively(4))]])
-    assert torch.equal(row.hidden(20), whole[:20])
+    assert torch.equal(row.hidden(0, 20), whole[:20])
     row.drop_hidden(7)
-    assert torch.equal(row.hidden(20), whole[7:20])
+    assert torch.equal(row.hidden(7, 20), whole[7:20])
     row.drop_hidden(20)
-    assert torch.equal(row.hidden(row.done), whole[20:])
+    assert torch.equal(row.hidden(20, row.done), whole[20:])

@@ -89,10 +89,10 @@ class Row:
         """What was drawn, [done, C]; a text row has the same in each column."""
         return np.concatenate(self._tokens)
 
-    def hidden(self, to_step: int) -> Tensor:
-        """The states that predicted the steps up to `to_step` and are not dropped, [steps, H], fp32."""
+    def hidden(self, from_step: int, to_step: int) -> Tensor:
+        """The states that predicted the steps `from_step` to `to_step`, [steps, H], fp32. None may be dropped."""
         self._hidden = [torch.cat(self._hidden)]
-        return self._hidden[0][: to_step - self._dropped]
+        return self._hidden[0][from_step - self._dropped : to_step - self._dropped]
 
     def drop_hidden(self, to_step: int) -> None:
         """Forgets the states of steps up to `to_step`."""
@@ -100,7 +100,7 @@ class Row:
         self._dropped = to_step
 
     def keep(self, tokens: NDArray[np.int64], hidden: Tensor, end: int) -> None:
-        """Takes in what some passes gave, [passes, C] and [passes, H], up to the row's end."""
+        """Takes in what some passes gave, [passes, C] and [passes, H], up to the row's end. Needs no memory for it."""
         ends = np.flatnonzero((tokens == end).any(axis=-1))
         kept = min(int(ends[0]) if len(ends) else len(tokens), self.drawing.max_steps - self.done)
         self.done += kept
@@ -111,7 +111,7 @@ class Row:
             self.ended = None if self.empty else EndReason.COMPLETE
         if kept:
             self._tokens.append(tokens[:kept])
-            self._hidden.append(hidden[:kept].clone())
+            self._hidden.append(hidden[:kept])
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,12 +358,14 @@ class Decoder:
         if not passes:
             return []
         flat = torch.cat([each.tokens.flatten() for each in passes]).cpu().numpy()
+        # All that needs memory comes before all that changes a row: it has taken in either everything or nothing.
+        hidden = [[states.clone() for states in each.hidden.unbind(1)] for each in passes]
         touched: dict[int, Row] = {}
-        for each in passes:
+        for each, states in zip(passes, hidden, strict=True):
             tokens, flat = flat[: each.tokens.numel()].reshape(each.tokens.shape), flat[each.tokens.numel() :]
             for number, row in enumerate(each.rows):
                 if not row.over:
-                    row.keep(tokens[:, number], each.hidden[:, number], self.end(row))
+                    row.keep(tokens[:, number], states[number], self.end(row))
                     touched[id(row)] = row
         for row in touched.values():
             if row.over:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -97,12 +98,11 @@ class _Row:
         last = self.ended is not None and wanted == self.done
         if self.vocoder.ended or (wanted <= self.fed and not last):
             return None
-        return VocoderWork(self.vocoder, self.decoded.hidden(wanted), last)
+        return VocoderWork(self.vocoder, self.decoded.hidden(self.fed, wanted), last)
 
     def made(self, work: VocoderWork, samples: bytes) -> None:
-        """The vocoder has done its work."""
+        """The vocoder has done its work. Nothing of this needs the device's memory."""
         self.fed += len(work.hidden)
-        self.decoded.drop_hidden(self.fed)
         self.ready += samples
 
     def give(self, to_step: int, samples_per_step: int) -> Pcm | None:
@@ -204,6 +204,8 @@ class ChatTTSEngine:
                 self._forget_all()
                 raise
             self._leave(join.ref for group in plan.joins for join in group)
+            # What the failed calls have made hangs on their frames, which the error keeps.
+            traceback.clear_frames(error.__traceback__)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             raise EngineOutOfMemoryError(str(error)) from error
@@ -274,12 +276,15 @@ class ChatTTSEngine:
         if not works:
             return
         waveforms = self._vocoder.run(list(works.values()))
-        samples = waveforms.int16().cpu().numpy().astype("<i2", copy=False).tobytes()
+        samples = waveforms.int16.cpu().numpy().astype("<i2", copy=False).tobytes()
         start = 0
         for (number, work), length in zip(works.items(), waveforms.lengths, strict=True):
             end = start + BYTES_PER_SAMPLE * length
             self._rows[number].made(work, samples[start:end])
             start = end
+        # Not before all rows have their samples: memory may run out here, too.
+        for row in map(self._rows.__getitem__, works):
+            row.decoded.drop_hidden(row.fed)
 
     def _report(self, wishes: Sequence[Vocode]) -> Report:
         reports = []

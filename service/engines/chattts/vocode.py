@@ -52,6 +52,8 @@ class Waveforms:
 
     samples: Tensor
     """[samples] of all rows, one row behind the other."""
+    int16: Tensor
+    """The same as 16-bit numbers."""
     lengths: list[int]
     """Samples of each row, in the order of the work."""
 
@@ -59,13 +61,14 @@ class Waveforms:
         """Each row's samples, as views."""
         return list(self.samples.split(self.lengths))
 
-    def int16(self) -> Tensor:
-        """The samples as 16-bit numbers: times 32,767, rounded to the nearest, clipped.
 
-        Upstream's examples scale each finished wave by its own peak and cut digits off. A stream does not know its
-        peak, and speech that is cut into segments must not change its loudness from one to the next.
-        """
-        return (self.samples * FULL_SCALE).round_().clamp_(-FULL_SCALE - 1, FULL_SCALE).to(torch.int16)
+def to_int16(samples: Tensor) -> Tensor:
+    """Samples as 16-bit numbers: times 32,767, rounded to the nearest, clipped.
+
+    Upstream's examples scale each finished wave by its own peak and cut digits off. A stream does not know its peak,
+    and speech that is cut into segments must not change its loudness from one to the next.
+    """
+    return (samples * FULL_SCALE).round_().clamp_(-FULL_SCALE - 1, FULL_SCALE).to(torch.int16)
 
 
 class Vocoder:
@@ -120,18 +123,22 @@ class Vocoder:
         """
         histories = _histories(work)
         if not histories:
-            return Waveforms(self._like.new_zeros(0), [])
+            return Waveforms(self._like.new_zeros(0), self._like.new_zeros(0, dtype=torch.int16), [])
         rows = [Progress(each.state.steps, each.state.steps + len(each.hidden), each.last) for each in work]
         packing = pack(self._network.reaches, rows, self.lookahead_steps, self._like.device)
         flow = Pass(packing, torch.stack(histories))
         hidden = torch.cat([each.hidden for each in work]).to(self._like)
         blocks = self._network(hidden, flow, packing.edges)
-        torch._foreach_copy_(histories, list(flow.histories().unbind()))
+        samples = blocks.flatten()
+        waveforms = Waveforms(samples, to_int16(samples), [blocks.shape[1] * count for count in packing.outputs])
+        kept = list(flow.histories().unbind())
+        # Nothing below needs memory.
+        torch._foreach_copy_(histories, kept)
         for each, row in zip(work, rows, strict=True):
             each.state.steps = row.end
             if row.ended:
                 each.state.histories = None
-        return Waveforms(blocks.flatten(), [blocks.shape[1] * count for count in packing.outputs])
+        return waveforms
 
 
 def _histories(work: Sequence[VocoderWork]) -> list[Tensor]:
