@@ -243,6 +243,34 @@ def test_a_cap_of_steps_is_told(engine: ChatTTSEngine) -> None:
     driver.run(Plan(leaves=tuple(join.ref for join in joins)))
 
 
+def test_a_text_that_refining_cuts_is_told(engine: ChatTTSEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = segment("me", seed=11, refine_text=True, sampling=Sampling(temperature=1.0, top_p=1.0, top_k=600))
+    reasons = []
+    for end in (engine._decoder._text.end, None):
+        driver = Driver(engine)
+        join = driver.join(asked)
+        monkeypatch.setattr(engine_module, "REFINING", replace(engine_module.REFINING, max_steps=6))
+        if end is None:
+            tokens = _refined_tokens(engine, asked)
+            monkeypatch.setattr(engine._decoder, "_text", replace(engine._decoder._text, end=tokens[-1]))
+        driver.run(Plan(joins=((join,),), steps=31))
+        driver.until_over(join.ref, steps=31)
+        assert driver.steps[join.ref] < MAX_STEPS, "its sound ends by itself"
+        reasons.append(driver.ended[join.ref])
+        driver.run(Plan(leaves=(join.ref,)))
+    assert reasons == [EndReason.LENGTH, EndReason.COMPLETE]
+
+
+def _refined_tokens(engine: ChatTTSEngine, asked: Segment) -> list[int]:
+    """What refining draws."""
+    driver = Driver(engine)
+    join = driver.join(asked)
+    driver.run(Plan(joins=((join,),), steps=4))
+    tokens: list[int] = engine._rows[join.ref.row].decoded.tokens[:, 0].tolist()
+    driver.run(Plan(leaves=(join.ref,)))
+    return tokens
+
+
 # -- upstream's sound -------------------------------------------------------------------------------------------------
 
 

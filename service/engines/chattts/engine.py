@@ -75,6 +75,8 @@ class _Row:
     samples: int = 0
     """Samples given."""
     end_told: bool = False
+    cut: bool = False
+    """Its text was cut while it was refined."""
     error: str | None = None
 
     @property
@@ -85,7 +87,9 @@ class _Row:
     @property
     def ended(self) -> EndReason | None:
         """Why no more sound is decoded."""
-        return self.decoded.ended if self.decoded.kind is Kind.SPEECH else None
+        if self.decoded.kind is not Kind.SPEECH or self.decoded.ended is None:
+            return None
+        return EndReason.LENGTH if self.cut else self.decoded.ended
 
     @property
     def over(self) -> bool:
@@ -257,6 +261,7 @@ class ChatTTSEngine:
         elif decoded.kind is Kind.SPEECH:
             self._news[row.ref.row] = row
         elif decoded.ended:
+            row.cut = decoded.ended is EndReason.LENGTH
             row.decoded = self._speaking(row.segment, self._prompter.refined(decoded.tokens[:, 0].tolist()))
             self._check_prompt(row)
             if row.error is None:
