@@ -116,7 +116,7 @@ def server_options(limits: LimitSettings) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", limits.message_bytes),
         ("grpc.max_send_message_length", limits.message_bytes),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_PERMITTED_MS),
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_PERMITTED_MS),
         # A caller whose machine has vanished gives its place back.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

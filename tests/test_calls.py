@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import struct
 import wave
@@ -16,6 +17,7 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2
 
+from common import server as server_module
 from common.calls import Context
 from common.metadata import Metadata, as_metadata
 from common.server import Server as FrameServer
@@ -293,6 +295,22 @@ async def recording_backend() -> AsyncIterator[tuple[Recorder, str]]:
         yield recorder, address
     finally:
         await server.grpc.stop(None)
+
+
+@pytest.mark.asyncio(loop_scope="function")
+async def test_who_pings_as_often_as_is_permitted_stays_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC's default, 5 minutes, would close the connection at the third ping."""
+    monkeypatch.setattr(server_module, "KEEPALIVE_PERMITTED_MS", 1)
+    options = [("grpc.keepalive_time_ms", 50), ("grpc.http2.max_pings_without_data", 0)]  # gRPC makes it each second
+    async with recording_backend() as (_, address), grpc.aio.insecure_channel(address, options) as channel:
+        watch: Any = channel.unary_stream(
+            "/grpc.health.v1.Health/Watch",
+            request_serializer=bytes,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )(b"")
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(TimeoutError):  # for the time of five pings nothing comes, not even an end
+            await asyncio.wait_for(watch.read(), 5.0)
 
 
 @pytest.mark.asyncio(loop_scope="function")
