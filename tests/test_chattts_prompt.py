@@ -259,7 +259,7 @@ class TestVoices:
             ("[a]\ndescription = ''\nseed = 1\nspeaker = ''", "a: Value error, must have either a seed or a speaker"),
             ("[a]\ndescription = ''\nseed = -1", "a.seed: "),
             ("[a]\ndescription = ''\nseed = 1\npitch = 2", "a.pitch: Extra inputs are not permitted"),
-            (None, "cannot be read as TOML"),
+            (None, "cannot be read: No such file"),
         ],
     )
     def test_what_is_wrong_is_said(self, tmp_path: Path, content: str | None, message: str) -> None:

@@ -57,7 +57,9 @@ def read_voices(path: Path = BUILT_IN) -> Mapping[str, Voice]:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
         raise StartupError(f"{path}: {faults}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise StartupError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise StartupError(f"{path} cannot be read as TOML: {error}") from None
 
 
