@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -103,6 +104,22 @@ def test_memory_may_run_out_anywhere(engine: ChatTTSEngine, undisturbed: list[ND
     assert failures > 15
     for ref, asked in rows.items():
         assert_same_sound(pcm(driver.samples[ref]), undisturbed[ASKED.index(asked)])
+
+
+def test_what_a_failed_call_has_made_is_given_back(engine: ChatTTSEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the cache is emptied, and however long somebody keeps the error."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(*args: Any) -> None:
+        tensor = torch.zeros(10)
+        made.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(engine._decoder._gpt, "prefill", fail)
+    with pytest.raises(EngineOutOfMemoryError) as kept:
+        engine.run(Plan(joins=((Driver(engine).join(segment()),),)))
+    assert kept.value.__cause__ is not None
+    assert [reference() for reference in made] == [None]
 
 
 def _wish(driver: Driver, ref: RowRef, chance: random.Random) -> Vocode | None:
