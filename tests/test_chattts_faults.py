@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,7 +228,13 @@ def sounds(small: ChatTTSEngine) -> list[NDArray[np.int16]]:
         return [Driver(small).say(text)[0] for text in TEXTS]
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# What fails is told as it was found: to shrink it would take minutes.
+@settings(
+    max_examples=12,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(calls=CALLS, faults=FAULTS)
 def test_every_request_ends_once_with_all_of_its_audio_or_one_error(
     small: ChatTTSEngine,
