@@ -186,8 +186,8 @@ class ChatTTSSettings(Section):
     """Refuse weights other than the published ones."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: a GPU where there is one."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """What the transformer computes in. `auto`: bf16 where the hardware has it."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "auto"
+    """What the transformer computes in. `auto`: bf16 where the hardware has it. `int8`: see docs/weights.md."""
     voices: Path | None = None
     """A file in the form of `service/engines/chattts/voices.toml`. Default: that one."""
     slots: Annotated[int, Field(ge=0)] = 0

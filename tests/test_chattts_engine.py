@@ -38,6 +38,7 @@ from service.engines.base import SpeechEngine
 from service.engines.chattts import engine as engine_module
 from service.engines.chattts.decode import Kind
 from service.engines.chattts.engine import PROMPT_TOKENS, ChatTTSEngine
+from service.engines.chattts.linear import has_int8
 from service.engines.chattts.upstream import import_chattts
 from service.engines.chattts.voices import draw_speaker
 from tests.stack import START_SECONDS, Stack, stream_request, text_request
@@ -151,6 +152,12 @@ def test_it_presents_itself(engine: ChatTTSEngine, tiny_checkpoint: Path) -> Non
     other = ChatTTSEngine(settings_for(tiny_checkpoint, lookahead_steps=8, slots=1))
     assert other.caps.lookahead_steps == 8
     assert other.model_revision != engine.model_revision, "it sounds otherwise"
+
+
+@pytest.mark.skipif(not has_int8(), reason="FBGEMM is for x86 with AVX2")
+def test_int8_is_another_revision(tiny_checkpoint: Path, engine: ChatTTSEngine) -> None:
+    rounded = ChatTTSEngine(settings_for(tiny_checkpoint, dtype="int8", slots=1))
+    assert rounded.model_revision != engine.model_revision, "it speaks other tokens"
 
 
 @pytest.mark.parametrize(

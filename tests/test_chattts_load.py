@@ -166,6 +166,14 @@ class TestChoice:
         assert choose_dtype("auto", torch.device(device)) is dtype
         assert choose_dtype("fp16", torch.device(device)) is torch.float16
 
+    @pytest.mark.parametrize(("device", "there"), [("cuda", True), ("cpu", False)])
+    def test_int8_where_it_cannot_be_had_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch, device: str, there: bool
+    ) -> None:
+        monkeypatch.setattr("service.engines.chattts.load.has_int8", lambda: there)
+        with pytest.raises(StartupError, match=r"chattts\.dtype is int8, which is for x86 CPUs"):
+            choose_dtype("int8", torch.device(device))
+
 
 # What may be wrong with a folder: how to make it so → what the message says.
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear
 
 from batcher.engine import EndReason
 from service.engines.chattts.gpt import Gpt
+from service.engines.chattts.linear import Linear, pack
 from service.engines.chattts.load import Weights
 from service.engines.chattts.prompt import Prompt
 from service.engines.chattts.sample import NO_TOKEN, WINDOW, Sampling, draw, process
@@ -118,8 +118,9 @@ class Row:
 class _Head:
     """What makes logits of a state."""
 
-    weight: Tensor
-    """[codebooks * tokens, H]."""
+    weight: Linear
+    """[N, H] to [N, codebooks * tokens]."""
+    dtype: torch.dtype
     codebooks: int
     first_codebook: int
     """What the noise calls the first one: a text row's is another than all of speech."""
@@ -127,7 +128,7 @@ class _Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, codebooks, tokens], fp32."""
-        flat = linear(hidden.to(self.weight.dtype), self.weight).float()
+        flat = self.weight(hidden.to(self.dtype)).float()
         return flat.view(len(hidden), self.codebooks, -1)
 
 
@@ -188,8 +189,8 @@ class Decoder:
         self._first_codes = torch.arange(d.codebooks, device=weights.device) * d.audio_vocabulary
         self._words = weights.embed_text
         self._last_code = d.audio_vocabulary - 1
-        self._speech = _Head(weights.head_audio.flatten(0, 1), d.codebooks, 0, self._last_code)
-        self._text = _Head(weights.head_text, 1, d.codebooks, refine_end)
+        self._speech = _Head(pack(weights.head_audio.flatten(0, 1)), weights.dtype, d.codebooks, 0, self._last_code)
+        self._text = _Head(pack(weights.head_text), weights.dtype, 1, d.codebooks, refine_end)
         self._places = _empty_places(slots, d.codebooks, weights.device)
 
     @property

@@ -387,7 +387,7 @@ def _vocoder(settings: ChatTTSSettings, weights: Weights) -> Vocoder:
 
 def _revision(weights: Weights, vocoder: Vocoder, speakers: Mapping[str, Tensor]) -> str:
     """Names all that makes the same request sound otherwise."""
-    digest = hashlib.sha256(f"{weights.revision} {weights.dtype} {vocoder.lookahead_steps}".encode())
+    digest = hashlib.sha256(f"{weights.revision} {weights.dtype} {weights.int8} {vocoder.lookahead_steps}".encode())
     for name, vector in speakers.items():
         digest.update(name.encode() + vector.cpu().numpy().tobytes())
     return f"chattts-{digest.hexdigest()[:12]}"

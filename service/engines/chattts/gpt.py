@@ -11,29 +11,26 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
+from service.engines.chattts.linear import Linear, pack
 from service.engines.chattts.load import Dimensions, Weights
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's weights, each [outputs, inputs].
-
-    But where several are one they are [inputs, outputs]: a CPU reads these wide ones faster so for few rows.
-    """
+    """One layer's weights."""
 
     attention_norm: Tensor
-    qkv: Tensor
-    out: Tensor
+    qkv: Linear
+    out: Linear
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Linear
+    down: Linear
 
 
 class Gpt:
@@ -50,7 +47,7 @@ class Gpt:
         self.slots = slots
         self.length = length
         self._heads, self._head_dim, self._eps = d.heads, d.head_dim, d.norm_eps
-        self._layers = [_layer(weights.gpt, number) for number in range(d.layers)]
+        self._layers = [_layer(weights, number) for number in range(d.layers)]
         self._norm = weights.gpt["norm.weight"]
         self._cos, self._sin = _rotary_tables(d, length, weights)
         shape = (d.layers, slots, d.heads, length, d.head_dim)
@@ -123,15 +120,15 @@ class Gpt:
     def _project(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [B, A, T, D]."""
         rows, tokens, _ = x.shape
-        qkv = _rms_norm(x, layer.attention_norm, self._eps) @ layer.qkv
+        qkv = layer.qkv(_rms_norm(x, layer.attention_norm, self._eps))
         q, k, v = qkv.view(rows, tokens, 3, self._heads, self._head_dim).permute(2, 0, 3, 1, 4)
         return q, k, v
 
     def _finish(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
         """What follows attention: [B, T, H]."""
-        x = x + linear(attended.transpose(1, 2).flatten(2), layer.out)
-        gate, up = (_rms_norm(x, layer.mlp_norm, self._eps) @ layer.gate_up).chunk(2, dim=-1)
-        return x + linear(silu(gate) * up, layer.down)
+        x = x + layer.out(attended.transpose(1, 2).flatten(2))
+        gate, up = layer.gate_up(_rms_norm(x, layer.mlp_norm, self._eps)).chunk(2, dim=-1)
+        return x + layer.down(silu(gate) * up)
 
 
 def slot_bytes(dimensions: Dimensions, length: int, dtype: torch.dtype) -> int:
@@ -139,17 +136,20 @@ def slot_bytes(dimensions: Dimensions, length: int, dtype: torch.dtype) -> int:
     return 2 * dimensions.layers * dimensions.heads * dimensions.head_dim * length * dtype.itemsize
 
 
-def _layer(weights: Mapping[str, Tensor], number: int) -> _Layer:
+def _layer(weights: Weights, number: int) -> _Layer:
     def get(name: str) -> Tensor:
-        return weights[f"layers.{number}.{name}.weight"]
+        return weights.gpt[f"layers.{number}.{name}.weight"]
+
+    def linear(*names: str) -> Linear:
+        return pack(torch.cat([get(name) for name in names]), int8=weights.int8)
 
     return _Layer(
         attention_norm=get("input_layernorm"),
-        qkv=torch.cat([get(f"self_attn.{part}_proj") for part in "qkv"]).t().contiguous(),
-        out=get("self_attn.o_proj"),
+        qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        out=linear("self_attn.o_proj"),
         mlp_norm=get("post_attention_layernorm"),
-        gate_up=torch.cat([get("mlp.gate_proj"), get("mlp.up_proj")]).t().contiguous(),
-        down=get("mlp.down_proj"),
+        gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
+        down=linear("mlp.down_proj"),
     )
 
 

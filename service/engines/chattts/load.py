@@ -16,11 +16,14 @@ from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 from common.errors import StartupError
 from service.engines.chattts.check import FETCH, check_checkpoint
 from service.engines.chattts.checkpoint import DECODER, EMBED, GPT, SPECIAL_TOKENS, TOKENIZER, VOCOS, Dimensions
+from service.engines.chattts.linear import has_int8
 from service.engines.chattts.package import speaker_statistics
 
 __all__ = ["Dimensions", "Weights", "load_weights"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Dtype = Literal["auto", "bf16", "fp16", "fp32", "int8"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.float32}
+"""What everything but the products is computed in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class Weights:
     """[hidden], fp16 as published, on the CPU, where voices are made."""
     device: torch.device
     dtype: torch.dtype
+    int8: bool
+    """The transformer's products are to be made with 8-bit integers; `dtype` is fp32."""
     revision: str
     """A digest of the files: changes when the weights do."""
 
@@ -56,7 +61,7 @@ class Weights:
 def load_weights(
     folder: Path,
     device: Literal["auto", "cuda", "cpu"] = "auto",
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    dtype: Dtype = "auto",
     *,
     check_sums: bool = True,
 ) -> Weights:
@@ -69,7 +74,8 @@ def load_weights(
         check_sums: refuse weights other than the published ones. Random weights are others.
 
     Raises:
-        StartupError: files are missing, wrong, truncated or no checkpoint; or the device is not there or too small.
+        StartupError: files are missing, wrong, truncated or no checkpoint; the device is not there or too small, or
+            can't compute so.
     """
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
@@ -93,6 +99,7 @@ def load_weights(
             speaker_mean=mean,
             device=where,
             dtype=kind,
+            int8=dtype == "int8",
             revision=revision,
         )
     except torch.OutOfMemoryError as error:
@@ -117,12 +124,17 @@ def choose_device(device: Literal["auto", "cuda", "cpu"]) -> torch.device:
     return torch.device(device)
 
 
-def choose_dtype(dtype: Literal["auto", "bf16", "fp16", "fp32"], device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The number format to compute in.
 
     `auto` is bf16 on a GPU and on processors that multiply it themselves (AMX, AVX512-BF16), and fp32 elsewhere, where
-    bf16 would be emulated and slow.
+    bf16 would be emulated and slow. `int8` is about the products alone, and never chosen: it makes other tokens.
+
+    Raises:
+        StartupError: int8 is wanted where it can't be had.
     """
+    if dtype == "int8" and not (device.type == "cpu" and has_int8()):
+        raise StartupError("chattts.dtype is int8, which is for x86 CPUs with AVX2; set it to auto")
     if dtype != "auto":
         return DTYPES[dtype]
     return torch.bfloat16 if device.type == "cuda" or _has_native_bf16() else torch.float32
