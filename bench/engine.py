@@ -1,4 +1,4 @@
-"""What a step of the decode loop costs on this CPU, beside unmodified upstream and beside what must be read.
+"""What ChatTTS costs on this CPU, beside unmodified upstream: a step, and a burst of speeches.
 
     python -m bench.engine [--quick] [--json] [--threads 1]
 
@@ -6,12 +6,19 @@ Weights are random and of full size, prompts have 23 tokens, rows never end. Ups
 figure is the minimum over the rounds: other work on the machine only adds. Milliseconds are CPU time of all threads;
 with one thread, which is the default, that is the time a step would take on a machine with nothing else to do.
 
-`ms_per_step`: of a pass for so many rows, with sampling. `ratio`: upstream's over ours, in fp32 and with our best type.
-`limit_ms_per_step`: weights and cache read once, at the rate at which this machine reads a large block.
+`ms_per_step`: of a pass for so many rows, with sampling. `step_ratio`: upstream's over ours, in fp32 and with the best
+type. `limit_ms_per_step`: weights read once, at the rate at which this machine reads a large block.
 `rtf_single`: computing time over playing time for one row, vocoder included. `tie_rate`: tokens at temperature 1e-5
 that differ from upstream's at a gap of at most 1e-4, of all; a difference at a wider gap ends the benchmark.
 `match_rate_fast_mode`: tokens at the usual temperature that are the same alone and in a batch, up to the first that is
 not, of all. `rpc_load_slowdown`: wall time of a step beside a thread that runs Python half of the time, over without.
+
+`int8_logit_error`, `int8_greedy_match`: int8 beside fp32, led by fp32's tokens; see `docs/decisions/cpu-products.md`.
+
+The burst: 32 speeches at once in 4 voices, log-normal lengths of 1 to 12 s times `scale`, for both on the same trace of
+ends (`bench/burst.py` says how they are made to obey). `upstream_audio_s_per_s` is at the better of its batch sizes;
+`ratio_best` compares with int8, `ratio_fp32` with fp32. `scheduling_factor`: int8's time with upstream's batches, each
+row to the longest of its batch, over its time with the scheduler. Upstream's `infer` is heard when its batch is done.
 """
 
 from __future__ import annotations
@@ -27,12 +34,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from bench.report import metadata
+from bench.burst import COUNT, Chorus, Spoken, Upstream, batches, burst, in_row, to_the_longest
+from bench.report import metadata, quantile
+from common.settings import ChatTTSSettings
 from service.engines.chattts.checkpoint import SIZES, make_checkpoint
 from service.engines.chattts.costs import measure_vocoder
 from service.engines.chattts.decode import Decoder, Drawing, Row
@@ -45,13 +54,11 @@ STEPS_PER_SECOND = 46.875
 PROMPT_TOKENS = 23
 BATCHES = (1, 8, 32)
 LENGTH = 512
+MAX_STEPS = 1024
 TIE = 1e-4
 READ_BYTES = 1 << 28
-NOT_MEASURED = (
-    "a burst on a trace of ends (chorus_audio_s_per_s, upstream_audio_s_per_s, scheduling_factor)",
-    "first_audio_ms",
-    "int8 weights, torch.compile",
-)
+DTYPES: tuple[Literal["fp32", "int8"], ...] = ("fp32", "int8")
+NOT_MEASURED = ("torch.compile", "bf16, which this processor may have to emulate")
 
 Figures = dict[str, Any]
 
@@ -66,11 +73,15 @@ class Size:
     """Timed in each round."""
     compared: int
     """Steps that are compared token by token."""
+    scale: float
+    """Of the burst's lengths."""
+    batches: Sequence[int]
+    """Batch sizes at which upstream gets the burst."""
 
 
-TINY = Size("tiny", rounds=1, steps=2, compared=8)
-QUICK = Size("full", rounds=2, steps=4, compared=24)
-FULL = Size("full", rounds=6, steps=8, compared=200)
+TINY = Size("tiny", rounds=1, steps=2, compared=8, scale=0.05, batches=(8,))
+QUICK = Size("full", rounds=2, steps=3, compared=12, scale=0.1, batches=(8,))
+FULL = Size("full", rounds=6, steps=8, compared=200, scale=1.0, batches=(4, 8))
 
 
 def main() -> None:
@@ -93,10 +104,10 @@ def main() -> None:
 def measure(folder: Path, size: Size) -> Figures:
     """All figures."""
     upstream = load_upstream(folder)
-    weights = {name: load_weights(folder, "cpu", name, check_sums=False) for name in ("fp32", "bf16")}
-    ours = {name: _decoder(each) for name, each in weights.items()}
+    weights = {name: load_weights(folder, "cpu", name, check_sums=False) for name in DTYPES}
+    ours: dict[str, Decoder] = {name: _decoder(each) for name, each in weights.items()}
     vocoder_ms = 1e3 * STEPS_PER_SECOND * _vocoder_seconds(weights["fp32"])
-    steps: dict[str, dict[str, float]] = {name: {} for name in ("upstream", *ours)}
+    steps: dict[str, dict[str, float]] = {name: {} for name in ("upstream", *DTYPES)}
     for rows in BATCHES:
         ways: dict[str, Callable[[], list[float]]] = {
             "upstream": lambda rows=rows: _upstream_steps(upstream, rows, size.steps),  # type: ignore[misc]
@@ -105,21 +116,79 @@ def measure(folder: Path, size: Size) -> Figures:
         found = [{name: min(way()) for name, way in ways.items()} for _ in range(size.rounds)]
         for name in ways:
             steps[name][str(rows)] = round(1e3 * min(each[name] for each in found), 2)
-    best = {rows: min(steps["fp32"][rows], steps["bf16"][rows]) for rows in steps["fp32"]}
+    best = {rows: min(steps[name][rows] for name in DTYPES) for rows in steps["fp32"]}
     return {
-        "upstream_ms_per_step": steps["upstream"],
-        "fp32_ms_per_step": steps["fp32"],
-        "bf16_ms_per_step": steps["bf16"],
-        "ratio_fp32": {rows: round(steps["upstream"][rows] / ms, 3) for rows, ms in steps["fp32"].items()},
-        "ratio_best": {rows: round(steps["upstream"][rows] / ms, 3) for rows, ms in best.items()},
+        **{f"{name}_ms_per_step": each for name, each in steps.items()},
+        "step_ratio_fp32": {rows: round(steps["upstream"][rows] / ms, 3) for rows, ms in steps["fp32"].items()},
+        "step_ratio_best": {rows: round(steps["upstream"][rows] / ms, 3) for rows, ms in best.items()},
         "limit_ms_per_step": {name: round(1e3 * _limit(each), 2) for name, each in weights.items()},
         "vocoder_ms_per_audio_s": round(vocoder_ms, 2),
         "rtf_single": round((best["1"] * STEPS_PER_SECOND + vocoder_ms) / 1e3, 3),
         "tie_rate": _tie_rate(upstream, weights["fp32"], ours["fp32"], size.compared),
         "match_rate_fast_mode": {name: _match_rate(each, size.compared) for name, each in ours.items()},
+        **_accuracy(weights["fp32"], ours, size.compared),
+        **_burst(folder, upstream, size),
         "rpc_load_slowdown": round(_slowdown(ours["fp32"], size.steps), 3),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "not_measured": NOT_MEASURED,
+    }
+
+
+def _burst(folder: Path, upstream: Any, size: Size) -> Figures:
+    """See the module."""
+    items = burst(size.scale)
+    seconds = sum(item.steps for item in items) / STEPS_PER_SECOND
+    chorus = {name: _chorus(folder, name) for name in ("fp32", "int8")}
+    theirs = {rows: in_row(Upstream(upstream).speak, batches(items, rows)) for rows in size.batches}
+    ours = {name: each.speak(items) for name, each in chorus.items()}
+    best = min(theirs, key=lambda rows: theirs[rows].seconds)
+    static = in_row(chorus["int8"].speak, to_the_longest(batches(items, best)))
+    return {
+        "scale": size.scale,
+        "audio_s": round(seconds, 1),
+        "chorus_audio_s_per_s": {name: round(seconds / each.seconds, 3) for name, each in ours.items()},
+        "upstream_audio_s_per_s": {rows: round(seconds / each.seconds, 3) for rows, each in theirs.items()},
+        "ratio_best": round(theirs[best].seconds / ours["int8"].seconds, 2),
+        "ratio_fp32": round(theirs[best].seconds / ours["fp32"].seconds, 2),
+        "scheduling_factor": round(static.seconds / ours["int8"].seconds, 2),
+        "first_audio_ms_p50": _first_audio({**ours, "upstream": theirs[best]}, 0.5),
+        "first_audio_ms_p95": _first_audio({**ours, "upstream": theirs[best]}, 0.95),
+    }
+
+
+def _chorus(folder: Path, dtype: Literal["fp32", "int8"]) -> Chorus:
+    threads = torch.get_num_threads()
+    settings = ChatTTSSettings(
+        folder=folder, check_sums=False, device="cpu", dtype=dtype, slots=COUNT, threads=threads, max_steps=MAX_STEPS
+    )
+    return Chorus(settings)
+
+
+def _first_audio(spoken: Mapping[str, Spoken], share: float) -> dict[str, int]:
+    """Milliseconds that this share of the speeches take at most until their first sample."""
+    return {name: round(1e3 * quantile([*each.first_audio], share)) for name, each in spoken.items()}
+
+
+def _accuracy(weights: Weights, ours: Mapping[str, Decoder], steps: int) -> Figures:
+    """Of int8 beside fp32: the logits' relative error, and the share of greedy tokens that are the same.
+
+    Both take fp32's tokens, so that differences do not add up.
+    """
+    exact, rounded = ([*_rows(8, steps, temperature=1e-5, penalty=1.0)] for _ in range(2))
+    _run(ours["fp32"], exact)
+    ours["int8"].advance([rounded], 0)
+    for step in range(steps):
+        for row, other in zip(exact, rounded, strict=True):
+            if not other.over:
+                ours["int8"].force(other, row.tokens[step])
+        if ours["int8"].rows:
+            ours["int8"].advance([], 1)
+    head = weights.head_audio.flatten(0, 1)
+    true, found = (torch.cat([row.hidden(steps) for row in rows]) @ head.T for rows in (exact, rounded))
+    same = np.mean([row.tokens == other.tokens for row, other in zip(exact, rounded, strict=True)])
+    return {
+        "int8_logit_error": round(float((found - true).norm() / true.norm()), 4),
+        "int8_greedy_match": round(float(same), 4),
     }
 
 
@@ -250,9 +319,8 @@ def _wall_step(decoder: Decoder, steps: int) -> float:
 
 def _limit(weights: Weights) -> float:
     """Seconds to read what a step of one row must read."""
-    read = [*weights.gpt.values(), weights.head_audio]
-    size: int = sum(each.nbytes for each in read)
-    return size / _bytes_per_second()
+    layers: int = sum(each.numel() if weights.int8 else each.nbytes for each in weights.gpt.values())
+    return (layers + weights.head_audio.nbytes) / _bytes_per_second()
 
 
 def _bytes_per_second() -> float:

@@ -8,7 +8,11 @@ import sys
 
 from bench.processes import ROOT
 
-BY_ROWS = ("upstream_ms_per_step", "fp32_ms_per_step", "bf16_ms_per_step", "ratio_fp32", "ratio_best")
+BY_ROWS = (
+    *(f"{name}_ms_per_step" for name in ("upstream", "fp32", "int8")),
+    "step_ratio_fp32",
+    "step_ratio_best",
+)
 
 
 def test_it_compares_with_upstream() -> None:
@@ -22,6 +26,11 @@ def test_it_compares_with_upstream() -> None:
         assert all(value > 0 for value in report[field].values())
     assert report["tie_rate"] <= 0.1
     assert all(0 < rate <= 1 for rate in report["match_rate_fast_mode"].values())
-    assert report["rpc_load_slowdown"] > 0
+    for field in ("ratio_best", "ratio_fp32", "scheduling_factor", "rpc_load_slowdown"):
+        assert report[field] > 0
+    assert report["chorus_audio_s_per_s"].keys() == {"fp32", "int8"}
+    for field in ("first_audio_ms_p50", "first_audio_ms_p95"):
+        assert report[field].keys() == {"fp32", "int8", "upstream"}
+    assert report["int8_logit_error"] < 0.1
     assert report["peak_rss_mb"] > 0
     assert report["not_measured"]
