@@ -184,7 +184,7 @@ def _accuracy(weights: Weights, ours: Mapping[str, Decoder], steps: int) -> Figu
         if ours["int8"].rows:
             ours["int8"].advance([], 1)
     head = weights.head_audio.flatten(0, 1)
-    true, found = (torch.cat([row.hidden(steps) for row in rows]) @ head.T for rows in (exact, rounded))
+    true, found = (torch.cat([row.hidden(0, steps) for row in rows]) @ head.T for rows in (exact, rounded))
     same = np.mean([row.tokens == other.tokens for row, other in zip(exact, rounded, strict=True)])
     return {
         "int8_logit_error": round(float((found - true).norm() / true.norm()), 4),

@@ -62,6 +62,8 @@ def open_channel(backends: str, limits: LimitSettings) -> grpc.aio.Channel:
             # A backend that is stopped, not dead, answers no ping: its calls fail after 10 s, and it gets no more.
             ("grpc.keepalive_time_ms", 6_000),
             ("grpc.keepalive_timeout_ms", 4_000),
+            # Without it gRPC sends two such pings and then one a minute, while there is nothing else to send.
+            ("grpc.http2.max_pings_without_data", 0),
             ("grpc.http2.ping_timeout_ms", 4_000),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),

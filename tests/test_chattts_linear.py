@@ -85,7 +85,7 @@ class TestInt8:
         first = np.concatenate([row.tokens[:1] for row in exact]) == np.concatenate([r.tokens[:1] for r in rounded])
         assert first.mean() > 0.7, "first tokens, greedily, before the two go different ways"
         for row, other in zip(exact, rounded, strict=True):
-            assert 0 < relative_error(other.hidden(1), row.hidden(1)) < 0.05
+            assert 0 < relative_error(other.hidden(0, 1), row.hidden(0, 1)) < 0.05
 
     def test_all_but_the_products_is_fp32(self, tiny_checkpoint: Path) -> None:
         weights = load_weights(tiny_checkpoint, "cpu", "int8", check_sums=False)
