@@ -51,6 +51,8 @@ bench: $(BENCH_VENV)/.installed ## Run the benchmarks, quickly.
 	@$(BENCH_VENV)/bin/python -m bench.path --quick
 	$(BENCH_VENV)/bin/python -m bench.text --quick
 	$(BENCH_VENV)/bin/python -m bench.audio --quick
+	$(BENCH_VENV)/bin/python -m bench.scheduler --quick
+	$(BENCH_VENV)/bin/python -m bench.simulate --quick
 	$(BENCH_VENV)/bin/python -m bench.batcher --quick
 
 clean: ## Remove what was installed and generated.
