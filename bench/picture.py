@@ -1,4 +1,4 @@
-"""Pictures of simulated traffic. Needs matplotlib (`pip install -e '.[bench]'`)."""
+"""Pictures of simulated traffic."""
 
 from __future__ import annotations
 

@@ -36,7 +36,9 @@ def test_the_scheduler_is_measured() -> None:
 
 
 def test_a_night_is_simulated(tmp_path: Path) -> None:
-    report = run("bench.simulate")
+    picture = tmp_path / "night.png"
+    report = run("bench.simulate", "--picture", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert report.keys() >= {"chorus", "article", "cards_for", "requests_per_s_per_card", "commit", "date"}
 
 
