@@ -275,10 +275,13 @@ class Runner:
             self._deliver(ends)
             self._rest()
             return
-        outcome = self._run_engine(plan)
-        with self._changed:
-            deliveries = outcome(self._clock())
-        self._deliver(ends + deliveries)
+        deliveries = ends
+        try:
+            outcome = self._run_engine(plan)
+            with self._changed:
+                deliveries = ends + outcome(self._clock())
+        finally:  # who has ended is told so, also by a thread that dies
+            self._deliver(deliveries)
 
     def _run_engine(self, plan: Plan) -> Callable[[float], list[Delivery]]:
         """Lets the engine do the plan, and answers how the scheduler is to take what came of it, at what time."""

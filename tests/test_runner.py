@@ -519,3 +519,27 @@ async def test_a_crash_while_deadlines_are_looked_at_is_told_and_fails_all(monke
         assert isinstance(event.error, StoppedError)
         assert errors == [crash]
         assert runner.dead
+
+
+async def test_who_had_ended_is_told_so_by_a_thread_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = VirtualEngine(slots=2)
+    died = asyncio.Event()
+    async with running(engine, on_death=died.set) as runner:
+        other = asyncio.create_task(hear(runner, engine, engine.segments(1000)))
+        async with runner.speak(engine.segments(1), max_rows=1, closed=False) as speaking:
+            assert [type(await speaking.get()) for _ in range(2)] == [Audio, SegmentEnded]
+            engine.gate.close()
+            await engine.gate.holds()
+            speaking.close()
+            apply, calls = runner.scheduler.apply, iter((False, True))
+
+            def fail_next(*args: Any) -> list[Delivery]:
+                if next(calls):
+                    raise ZeroDivisionError("a bug")
+                return apply(*args)
+
+            monkeypatch.setattr(runner.scheduler, "apply", fail_next)
+            engine.gate.open()
+            await died.wait()
+            assert isinstance(await speaking.get(), RequestEnded)
+        assert isinstance((await other).error, StoppedError)
