@@ -37,6 +37,10 @@ RECEIVE_SECONDS = 20.0
 IDLE_POLL_SECONDS = 0.05
 
 
+class _SendError(Exception):
+    """A reply could not be sent: its caller has left."""
+
+
 class Call:
     """A call that runs: what its log line will say."""
 
@@ -119,7 +123,7 @@ class CallFrame(grpc.aio.ServerInterceptor):
             raise
         except Exception as error:
             # What is sent to a caller who has left can only fail, and may do so before gRPC says that it left.
-            if isinstance(error, grpc.aio.InternalError) or context.cancelled() or context.done():
+            if isinstance(error, _SendError) or context.cancelled() or context.done():
                 call.code = "CANCELLED"
                 return
             scrubbed = self._scrub(call, error)
@@ -186,7 +190,10 @@ async def _send_all(replies: AsyncGenerator[Any, None] | Awaitable[None], contex
     # Closed here and now when the caller leaves, not when the garbage collector comes by: its place is free at once.
     async with aclosing(replies):
         async for message in replies:
-            await context.write(message)
+            try:
+                await context.write(message)
+            except grpc.aio.InternalError as error:
+                raise _SendError from error
 
 
 def _close(call: Call) -> None:
