@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,7 +41,6 @@ from service.voices import DEFAULT_VOICE
 SAMPLE_RATE_HERTZ = 24_000
 BYTES_PER_SAMPLE = 2
 
-SWITCH_SECONDS = 0.0002
 PROMPT_TOKENS = 512
 """Tokens that a prompt may have: those of a segment, with oral marks where it is refined."""
 SPEAKING = Drawing()
@@ -145,9 +143,6 @@ class ChatTTSEngine:
 
     @torch.inference_mode()
     def __init__(self, settings: ChatTTSSettings) -> None:
-        # A step is a thousand calls of torch, each of which lets go of Python's lock and takes it back: by default a
-        # busy event loop would keep it for 5 ms each time.
-        sys.setswitchinterval(SWITCH_SECONDS)
         # The event loop keeps a core. With more threads a row's bits depend on its place in the batch.
         torch.set_num_threads(1 if settings.deterministic else settings.threads or max(1, (os.cpu_count() or 1) - 1))
         folder = find_checkpoint(settings)
