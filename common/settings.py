@@ -120,6 +120,17 @@ class GatewaySettings(Section):
     """Then: how long running calls may take to finish."""
 
 
+class StoreSettings(Section):
+    """The Redis or Valkey servers that gateways share. Without URLs `chorus up` starts one of its own."""
+
+    ledger: SecretStr | None = None
+    """URL of the server that must not forget: limits, idempotency keys. `redis://`, `rediss://` or `unix://`."""
+    cache: SecretStr | None = None
+    """URL of the server that may forget: results. Default: the ledger."""
+    budget: PositiveSeconds = 0.03
+    """Seconds that a call waits for an answer; then it goes on without."""
+
+
 class BatcherSettings(Section):
     """How requests wait, join and are delivered."""
 
@@ -253,6 +264,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     service: ServiceSettings = ServiceSettings()
     gateway: GatewaySettings = GatewaySettings()
+    store: StoreSettings = StoreSettings()
     batcher: BatcherSettings = BatcherSettings()
     espeak: EspeakSettings = EspeakSettings()
     chattts: ChatTTSSettings = ChatTTSSettings()
