@@ -44,8 +44,10 @@ class _SendError(Exception):
 class Call:
     """A call that runs: what its log line will say."""
 
-    def __init__(self, method: str, request_id: str) -> None:
+    def __init__(self, method: str, request_id: str, context: Context | None = None) -> None:
         self.method = method
+        self._context = context
+        self._trailers: dict[str, str] = {}
         self.tenant = ""
         self.priority: Priority = "interactive"
         self.request_id = request_id
@@ -53,6 +55,12 @@ class Call:
         self.facts: dict[str, Any] = {}
         self.code = "OK"
         self.reason: str | None = None
+
+    def trail(self, name: str, value: str) -> None:
+        """Says something in the call's trailing metadata, whether it ends well or not."""
+        self._trailers[name] = value
+        if self._context is not None:
+            self._context.set_trailing_metadata(tuple(self._trailers.items()))
 
 
 _CALL: ContextVar[Call] = ContextVar("call")
@@ -94,9 +102,9 @@ class CallFrame(grpc.aio.ServerInterceptor):
     async def _frame(self, method: str, context: Context) -> AsyncIterator[None]:
         """A call of ours: counted, limited, logged."""
         metadata = as_metadata(context.invocation_metadata())
-        call = Call(method, request_id(metadata))
+        call = Call(method, request_id(metadata), context)
         _CALL.set(call)
-        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+        call.trail(REQUEST_ID, call.request_id)
         self._active += 1
         metrics.CALLS_ACTIVE.inc()
         try:

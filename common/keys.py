@@ -1,0 +1,41 @@
+"""The key of a speech: equal for all requests that are answered by the same samples, in whatever format."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from typing import TypeAlias
+
+from protos.chorus.v1 import tts_pb2
+
+Spoken: TypeAlias = "tts_pb2.SynthesizeRequest | tts_pb2.StreamSynthesizeRequest"
+
+DEFAULT_VOICE = "female1"
+
+
+def canonical_text(text: str) -> str:
+    """A text as its key has it."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def revision_of(info: tts_pb2.GetServerInfoResponse) -> str:
+    """What makes samples: audio of different revisions is never mixed."""
+    return f"{info.engine} {info.model_revision} {info.front_end_revision}"
+
+
+def speech_key(request: Spoken, revision: str) -> bytes:
+    """The speech key, 32 bytes. `revision`: as `revision_of` says it."""
+    asked = tts_pb2.SynthesizeRequest(
+        text=canonical_text(request.text),
+        voice=request.voice or DEFAULT_VOICE,
+        language=request.language.lower().replace("_", "-"),
+        controls=request.controls,
+        sampling=request.sampling,
+        refine_text=request.refine_text,
+    )
+    return hashlib.sha256(revision.encode() + b"\0" + asked.SerializeToString(deterministic=True)).digest()
+
+
+def derived_seed(key: bytes) -> int:
+    """The seed of a request that names none."""
+    return int.from_bytes(key[:4], "big")
