@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
@@ -124,7 +124,7 @@ class CallFrame(grpc.aio.ServerInterceptor):
             yield
         except ChorusError as error:
             call.code, call.reason = error.code.name, error.reason
-            await abort(context, error)
+            await _end(context, error)
         except asyncio.CancelledError:
             remaining = context.time_remaining()
             call.code = "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
@@ -136,7 +136,7 @@ class CallFrame(grpc.aio.ServerInterceptor):
                 return
             scrubbed = self._scrub(call, error)
             call.code, call.reason = scrubbed.code.name, scrubbed.reason
-            await abort(context, scrubbed)
+            await _end(context, scrubbed)
 
     async def idle(self) -> None:
         """Waits until no call of ours runs."""
@@ -202,6 +202,14 @@ async def _send_all(replies: AsyncGenerator[Any, None] | Awaitable[None], contex
                 await context.write(message)
             except grpc.aio.InternalError as error:
                 raise _SendError from error
+
+
+async def _end(context: Context, error: ChorusError) -> NoReturn:
+    """Ends a call with an error; quietly where its caller has left, who can no longer be told."""
+    try:
+        await abort(context, error)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
 
 
 def _close(call: Call) -> None:

@@ -13,6 +13,7 @@ from common.calls import Context, current_call
 from common.errors import DeadlineExceeded
 from common.metadata import INTERNAL_SECRET, INTERNAL_TENANT, PRIORITY, REQUEST_ID, Metadata
 from common.settings import Settings
+from common.writing import with_servers_word
 from gateway.upstream import told
 
 ANYONE = "anyone"
@@ -62,6 +63,8 @@ class Pipeline:
         """
         requests = _Requests(request) if isinstance(request, AsyncIterator) else None
         call = method(requests or request, metadata=self._metadata(), timeout=self._timeout(context))
+        if requests is not None:
+            call = with_servers_word(call)
         try:
             async for message in call:
                 yield message

@@ -110,7 +110,7 @@ class Stack:
     """Starts processes, and kills them all in the end."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._servers: list[Server] = []
 
     async def service(self, *, wait: bool = True, **settings: object) -> Server:
@@ -132,12 +132,12 @@ class Stack:
         fast = {f"{role}_listen": address, f"{role}_metrics_listen": metrics, f"{role}_drain_seconds": 0.3}
         environment = {f"CHORUS_{name.upper()}": str(value) for name, value in (fast | dict(settings)).items()}
         clean = {name: value for name, value in os.environ.items() if not name.startswith("CHORUS_")}
-        log_path = self._folder / f"{role}-{len(self._servers)}.log"
+        log_path = self.folder / f"{role}-{len(self._servers)}.log"
         with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "client.cli", role, "--exit-with-parent", str(os.getpid())),
                 cwd=ROOT,
-                env=clean | environment | {"TMPDIR": str(self._folder)},
+                env=clean | environment | {"TMPDIR": str(self.folder)},
                 stdout=log,
                 stderr=log,
             )
