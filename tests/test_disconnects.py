@@ -45,7 +45,8 @@ async def test_ten_thousand_random_disconnects_leave_nothing_behind(stack: Stack
     assert callers.left > CALLS // 5
     for server, was, is_now in zip((service, gateway), before, after, strict=True):
         assert is_now["tasks"] <= was["tasks"], server.role
-        assert is_now["files"] <= was["files"] + 2, server.role  # a channel may open another connection
+        # gRPC keeps some sockets for calls at once, sooner or later as many as there ever were; a leak would be more.
+        assert is_now["files"] <= was["files"] + AT_ONCE, server.role
         assert is_now["threads"] <= was["threads"] + 2, server.role
     assert service.metric("chorus_batcher_slots_free") == SLOTS
     assert service.metric("chorus_batcher_cancel_ticks_max") <= 1
