@@ -45,6 +45,22 @@ UNDERRUN_SECONDS = Histogram(
 )
 TASKS = Gauge("chorus_tasks", "Tasks of the event loop.")
 BACKENDS_READY = Gauge("chorus_gateway_backend_ready", "1 while a backend is ready to speak.")
+STORE_SECONDS = Histogram(
+    "chorus_store_seconds",
+    "Round trips to a store.",
+    ["store"],
+    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
+)
+STORE_FAILURES = Counter(
+    "chorus_store_failures_total", "Round trips and commands without an answer.", ["store", "kind"]
+)
+STORE_AVAILABLE = Gauge("chorus_store_available", "1 while a store answers.", ["store"])
+
+
+@lru_cache
+def store_seconds(store: str) -> Histogram:
+    """`STORE_SECONDS` of a store."""
+    return STORE_SECONDS.labels(store)
 
 
 @lru_cache

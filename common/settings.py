@@ -129,6 +129,11 @@ class StoreSettings(Section):
     """URL of the server that may forget: results. Default: the ledger."""
     budget: PositiveSeconds = 0.03
     """Seconds that a call waits for an answer; then it goes on without."""
+    tls_ca: Path | None = None
+    """For `rediss://`: who signs the server's certificate. Default: the system's authorities."""
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    """What we show to a server that wants to know its clients."""
 
 
 class BatcherSettings(Section):

@@ -131,6 +131,12 @@ class Failure:
         return [violation.field for violation in self.one(error_details_pb2.BadRequest).field_violations]
 
     @property
+    def quota(self) -> str:
+        """Of the one QuotaFailure."""
+        (violation,) = self.one(error_details_pb2.QuotaFailure).violations
+        return str(violation.subject)
+
+    @property
     def retry_after_ms(self) -> int:
         """Of the one RetryInfo."""
         return int(self.one(error_details_pb2.RetryInfo).retry_delay.ToMilliseconds())
@@ -140,7 +146,11 @@ async def failure(call: Awaitable[Any]) -> Failure:
     """How a call fails, which it must."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    error = caught.value
+    return failure_of(caught.value)
+
+
+def failure_of(error: grpc.aio.AioRpcError) -> Failure:
+    """A failure, with its details unpacked."""
     trailers = dict(error.trailing_metadata())
     return Failure(error.code(), error.details() or "", trailers, rpc_status.from_call(cast("grpc.Call", error)))
 

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tests.stack import Server, Stack, running_stack
+from tests.valkey import Valkey, running_valkey
 
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # ChatTTS would compile for ten seconds, to replace a few characters
 
@@ -20,6 +21,15 @@ async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
     """Processes of one test alone."""
     async with running_stack(tmp_path) as stack:
         yield stack
+
+
+@pytest.fixture
+async def valkey(tmp_path: Path) -> AsyncIterator[Valkey]:
+    """A store of one test alone, which keeps nothing on disk."""
+    folder = tmp_path / "valkey"
+    folder.mkdir()
+    async with running_valkey(folder) as server:
+        yield server
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

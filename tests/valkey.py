@@ -23,6 +23,9 @@ class Valkey:
     folder: Path
     port: int
     options: tuple[str, ...]
+    password: str | None = None
+    config: Path | None = None
+    sentinel: bool = False
     process: asyncio.subprocess.Process | None = None
 
     @property
@@ -32,13 +35,18 @@ class Valkey:
 
     async def start(self) -> None:
         """Starts it, and waits until it answers."""
+        config = () if self.config is None else (str(self.config),)
+        kind = ("--sentinel",) if self.sentinel else ("--save", "")
         self.process = await asyncio.create_subprocess_exec(
-            *(str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1"),
-            *("--dir", str(self.folder), "--save", "", *self.options),
+            *(str(get_binary_path()), *config, "--port", str(self.port), "--bind", "127.0.0.1"),
+            *("--dir", str(self.folder), *kind, *self.options),
             stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
         )
         async with asyncio.timeout(START_SECONDS):
             while True:
+                if self.process.returncode is not None:
+                    raise RuntimeError(f"the server ended with {self.process.returncode}")
                 try:
                     async with self.client() as client:
                         await client.ping()
@@ -48,7 +56,7 @@ class Valkey:
 
     def client(self) -> redis.Redis:
         """A client of the test's own."""
-        return redis.Redis(host="127.0.0.1", port=self.port)
+        return redis.Redis(host="127.0.0.1", port=self.port, password=self.password)
 
     def signal(self, number: signal.Signals) -> None:
         """SIGSTOP hangs it, SIGCONT wakes it, SIGKILL kills it."""
@@ -63,9 +71,11 @@ class Valkey:
 
 
 @asynccontextmanager
-async def running_valkey(folder: Path, *options: str) -> AsyncIterator[Valkey]:
+async def running_valkey(
+    folder: Path, *options: str, password: str | None = None, config: Path | None = None, sentinel: bool = False
+) -> AsyncIterator[Valkey]:
     """A server that is killed in the end. It keeps nothing on disk if `options` do not say so."""
-    server = Valkey(folder, free_port(), options)
+    server = Valkey(folder, free_port(), options, password, config, sentinel)
     await server.start()
     try:
         yield server
