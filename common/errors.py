@@ -35,6 +35,8 @@ from grpc_status import rpc_status
 DOMAIN = "chorus"
 PUSHBACK = "grpc-retry-pushback-ms"
 """Trailer that tells gRPC's own retries how long to wait."""
+RETRY_AFTER = "retry-after"
+"""The same for people and for what stands between, in whole seconds."""
 
 # An error travels in headers, twice: as its message and in its details. Clients take 8 KiB of them in all.
 QUOTED_CHARACTERS = 80
@@ -233,4 +235,5 @@ async def abort(context: grpc.aio.ServicerContext[Message, Message], error: Chor
     trailers = [*(context.trailing_metadata() or ()), *(rpc_status.to_status(error.status()).trailing_metadata or ())]
     if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after is not None:
         trailers.append((PUSHBACK, str(error.retry_after_ms)))
+        trailers.append((RETRY_AFTER, str(math.ceil(error.retry_after))))
     await context.abort(error.code, error.message, tuple(trailers))

@@ -55,6 +55,31 @@ STORE_FAILURES = Counter(
     "chorus_store_failures_total", "Round trips and commands without an answer.", ["store", "kind"]
 )
 STORE_AVAILABLE = Gauge("chorus_store_available", "1 while a store answers.", ["store"])
+LIMITER_DECISIONS = Counter(
+    "chorus_limiter_decisions_total", "What limits have decided.", ["limit", "outcome", "tenant"]
+)
+LIMITER_DEGRADED = Counter(
+    "chorus_limiter_degraded_total", "Decisions within local limits, since the ledger did not answer."
+)
+HOLDS = Gauge("chorus_limiter_holds", "Estimates of audio that are charged and not settled.")
+MAX_TENANTS = 50
+"""Tenants with metrics of their own; all others are one."""
+_tenants: set[str] = set()
+
+
+def tenant_label(tenant: str) -> str:
+    """A tenant as metrics call it: there are never too many."""
+    if tenant not in _tenants:
+        if len(_tenants) >= MAX_TENANTS:
+            return "others"
+        _tenants.add(tenant)
+    return tenant
+
+
+@lru_cache
+def limiter_counter(limit: str, outcome: str, tenant: str) -> Counter:
+    """`LIMITER_DECISIONS` of a limit, an outcome and a tenant."""
+    return LIMITER_DECISIONS.labels(limit, outcome, tenant_label(tenant))
 
 
 @lru_cache

@@ -120,6 +120,25 @@ class GatewaySettings(Section):
     """Then: how long running calls may take to finish."""
 
 
+class LimiterSettings(Section):
+    """How much all callers together may ask for. What each tenant may is in the tenants' file."""
+
+    mode: Literal["on", "shadow", "off"] = "on"
+    """`shadow`: what would be refused is counted, and let through."""
+    requests_per_second: PositiveSeconds | None = 600.0
+    requests_burst: PositiveSeconds | None = None
+    """Requests that may come at once. Default: those of a second."""
+    audio_seconds_per_second: PositiveSeconds | None = None
+    audio_seconds_burst: PositiveSeconds | None = None
+    """Default: the audio seconds of a second."""
+    interactive_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """The share of each burst that batch work leaves to interactive calls."""
+    gateways: Count = 1
+    """Gateways that there are: while the store is away, each lets through its share."""
+    leasing: bool = True
+    """Gateways take tokens in blocks. Off: each call asks the store."""
+
+
 class StoreSettings(Section):
     """The Redis or Valkey servers that gateways share. Without URLs `chorus up` starts one of its own."""
 
@@ -269,6 +288,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     service: ServiceSettings = ServiceSettings()
     gateway: GatewaySettings = GatewaySettings()
+    limiter: LimiterSettings = LimiterSettings()
     store: StoreSettings = StoreSettings()
     batcher: BatcherSettings = BatcherSettings()
     espeak: EspeakSettings = EspeakSettings()

@@ -15,9 +15,9 @@ from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from common.errors import StartupError
 from common.settings import StoreSettings
@@ -35,7 +35,7 @@ def connect(name: str, url: str, settings: StoreSettings) -> Any:
         StartupError: the URL means nothing. It is not told, since it may hold a password.
     """
     url = url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
-    options = {
+    options: dict[str, Any] = {
         # The client library's own patience would be seconds: see docs/decisions/stores.md.
         "socket_connect_timeout": settings.budget,
         "socket_timeout": settings.budget,
@@ -75,7 +75,8 @@ def _sentinel(url: str, options: dict[str, Any], settings: StoreSettings) -> Any
         raise ValueError("a sentinel's URL names the service")
     nodes = [_node(node, 26379) for node in parts.netloc.rpartition("@")[2].split(",")]
     no_retry = Retry(NoBackoff(), 0)
-    sentinel = Sentinel(nodes, sentinel_kwargs={**options, "retry": no_retry})
+    make: Any = Sentinel  # its types are missing
+    sentinel = make(nodes, sentinel_kwargs={**options, "retry": no_retry})
     return sentinel.master_for(
         service,
         username=_name(parts.username),

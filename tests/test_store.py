@@ -72,11 +72,11 @@ async def test_commands_of_one_turn_go_together(valkey: Valkey) -> None:
 async def test_an_error_reply_is_its_own_commands_alone(valkey: Valkey) -> None:
     async with opened(valkey.url) as store:
         await store.command("SET", "word", "x")
-        good, bad = await asyncio.gather(
+        replies = await asyncio.gather(
             store.command("GET", "word"), store.command("INCR", "word"), return_exceptions=True
         )
-        assert good == b"x"
-        assert isinstance(bad, StoreUnavailable)
+        assert replies[0] == b"x"
+        assert isinstance(replies[1], StoreUnavailable)
         assert store.available
 
 
@@ -120,7 +120,7 @@ async def test_a_full_server_is_unavailable_for_what_it_refuses(tmp_path: Path) 
 async def test_a_replica_that_may_not_be_written_is_unavailable(tmp_path: Path) -> None:
     async with running_valkey(tmp_path) as server, opened(server.url) as store:
         async with server.client() as client:
-            await client.execute_command("REPLICAOF", "127.0.0.1", free_port())
+            await client.replicaof("127.0.0.1", free_port())
         await give_up(store)
 
 

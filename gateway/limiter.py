@@ -1,0 +1,262 @@
+"""Who may call now: requests, audio seconds and calls at once, for each tenant and for all together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from common import metrics
+from common.errors import ResourceExhausted
+from common.logs import logger
+from common.metadata import Priority
+from common.settings import LimiterSettings
+from common.store import Store
+from gateway.buckets import UNITS, LocalBuckets, Scope, SharedBuckets
+from gateway.leases import Pool
+from gateway.places import Places
+from gateway.tenants import Bucket, Tenant
+
+Kind = Literal["requests", "audio"]
+KINDS: tuple[Kind, ...] = ("requests", "audio")
+
+RENEW_SECONDS = 1.0
+GIVE_BACK_SECONDS = 2.0
+"""How long what is left may take to go back when a gateway ends."""
+NO_PLACE_SECONDS = 1.0
+"""When to come again where all places are taken: nobody knows better."""
+MAX_SETTLING = 10_000
+"""Settlements on their way; of more the estimates stay charged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What is left of a limit."""
+
+    tenant: str
+    """Empty: all tenants together."""
+    limit: str
+    left: float
+    most: float
+
+
+class Admission:
+    """A call that was let in."""
+
+    def __init__(self, limiter: Limiter, tenant: Tenant, priority: Priority) -> None:
+        self._limiter = limiter
+        self._tenant = tenant
+        self._priority = priority
+        self._held: int | None = None
+
+    async def hold(self, seconds: float) -> None:
+        """Charges an estimate in seconds of audio.
+
+        Raises:
+            ResourceExhausted: it is too much now.
+        """
+        cost = max(1, round(seconds * UNITS))
+        await self._limiter._spend(self._tenant, "audio", self._priority, cost)
+        self._held = cost
+        metrics.HOLDS.inc()
+
+    def settle(self, seconds: float) -> None:
+        """The truth in the place of the estimate; once. What is never settled stays charged as it was estimated."""
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        metrics.HOLDS.dec()
+        self._limiter._settle(self._tenant, self._priority, held - round(seconds * UNITS))
+
+    def close(self) -> None:
+        """Nothing will be settled any more."""
+        if self._held is not None:
+            self._held = None
+            metrics.HOLDS.dec()
+
+
+class Limiter:
+    """All limits of one gateway."""
+
+    def __init__(
+        self,
+        ledger: Store,
+        settings: LimiterSettings,
+        tenant: Callable[[str], Tenant],
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], int] | None = None,
+    ) -> None:
+        """`clock`: seconds, of this process. `now`: milliseconds, instead of the ledger's own time, for tests."""
+        self._settings = settings
+        self._tenant = tenant
+        self._clock = clock
+        self._shared = SharedBuckets(ledger, now)
+        self._local = LocalBuckets(settings.gateways, clock)
+        self._places = Places(ledger, settings.gateways, now)
+        self._pools: dict[tuple[str, Kind, Priority], Pool] = {}
+        self._settling: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def admitted(self, name: str, priority: Priority) -> AsyncIterator[Admission]:
+        """Lets a call in: it costs one request, and has a place until it ends.
+
+        Raises:
+            ResourceExhausted: not now.
+        """
+        tenant = self._tenant(name)
+        entered = await self._enter(tenant)
+        admission = Admission(self, tenant, priority)
+        try:
+            await self._spend(tenant, "requests", priority, UNITS)
+            yield admission
+        finally:
+            admission.close()
+            if entered:
+                self._places.leave(tenant.name)
+
+    async def run(self) -> None:
+        """Renews what is held and gives back what lies idle, until cancelled; then all of it."""
+        try:
+            while True:
+                await asyncio.sleep(RENEW_SECONDS)
+                await self._places.renew()
+                await self._return_idle(all_of_it=False)
+        finally:
+            try:
+                async with asyncio.timeout(GIVE_BACK_SECONDS):
+                    await asyncio.gather(*self._settling, return_exceptions=True)
+                    await self._return_idle(all_of_it=True)
+                    await self._places.give_back()
+            except TimeoutError:
+                logger().warning("not all tokens went back to the ledger; they count as spent")
+
+    async def left(self, tenants: Iterable[Tenant]) -> list[Left]:
+        """What is left of all limits that there are.
+
+        Raises:
+            StoreUnavailable: the ledger does not answer.
+        """
+        found = []
+        for kind in KINDS:
+            scope = self._global(kind, "interactive")
+            if scope is not None:
+                found += [await self._left("", kind, scope)]
+        for tenant in tenants:
+            for kind in KINDS:
+                own = _own(tenant, kind)
+                if own is not None:
+                    found.append(await self._left(tenant.name, kind, own))
+            if tenant.concurrent is not None:
+                used = await self._places.used(tenant.name)
+                found.append(Left(tenant.name, "calls at once", tenant.concurrent - used, tenant.concurrent))
+        return found
+
+    async def _left(self, tenant: str, kind: Kind, scope: Scope) -> Left:
+        (level,) = await self._shared.levels([scope])
+        return Left(tenant, "requests" if kind == "requests" else "audio seconds", level, scope.bucket.burst)
+
+    async def _enter(self, tenant: Tenant) -> bool:
+        if tenant.concurrent is None or self._settings.mode == "off":
+            return False
+        if await self._places.enter(tenant.name, tenant.concurrent):
+            self._count(tenant, "places", "admitted")
+            return True
+        self._refuse(
+            tenant,
+            "places",
+            f"{tenant.concurrent} calls of {tenant.name} run already; try again in a second, or end one",
+            "TOO_MANY_CONCURRENT",
+            NO_PLACE_SECONDS,
+            f"tenant:{tenant.name} concurrent calls",
+        )
+        return False
+
+    async def _spend(self, tenant: Tenant, kind: Kind, priority: Priority, cost: int) -> None:
+        pool = self._pool(tenant, kind, priority)
+        if pool is None:
+            return
+        short = await pool.take(cost)
+        if short is None:
+            self._count(tenant, kind, "admitted")
+            return
+        self._refuse(
+            tenant,
+            kind,
+            f"the limit of {_words(short.scope, kind)} is reached; try again in {short.seconds:.2f} s",
+            "RATE_LIMITED",
+            short.seconds,
+            short.scope.quota,
+        )
+
+    def _refuse(self, tenant: Tenant, limit: str, message: str, reason: str, seconds: float, quota: str) -> None:
+        if self._settings.mode == "shadow":
+            self._count(tenant, limit, "would refuse")
+            return
+        self._count(tenant, limit, "refused")
+        raise ResourceExhausted(message, reason, retry_after=seconds, quota=quota)
+
+    def _settle(self, tenant: Tenant, priority: Priority, amount: int) -> None:
+        pool = self._pool(tenant, "audio", priority)
+        if pool is None or not amount or len(self._settling) >= MAX_SETTLING:
+            return
+        task = asyncio.create_task(pool.give(amount))
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    def _pool(self, tenant: Tenant, kind: Kind, priority: Priority) -> Pool | None:
+        """The tokens that such a call draws on; None: it has no limit."""
+        if self._settings.mode == "off":
+            return None
+        key = (tenant.name, kind, priority)
+        scopes = tuple(_scopes(self._global(kind, priority), _own(tenant, kind)))
+        if not scopes:
+            return None
+        pool = self._pools.get(key)
+        if pool is None or pool.scopes != scopes:  # the tenant's limits were changed
+            pool = self._pools[key] = Pool(
+                scopes,
+                self._shared,
+                self._local,
+                self._clock,
+                leasing=self._settings.leasing,
+                parts=self._settings.gateways,
+            )
+        return pool
+
+    def _global(self, kind: Kind, priority: Priority) -> Scope | None:
+        settings = self._settings
+        if kind == "requests":
+            rate, burst = settings.requests_per_second, settings.requests_burst
+        else:
+            rate, burst = settings.audio_seconds_per_second, settings.audio_seconds_burst
+        if rate is None:
+            return None
+        reserve = settings.interactive_share if priority == "batch" else 0.0
+        return Scope(f"{{limits}}:all:{kind}", f"all {_UNIT[kind]}", Bucket(rate, burst or rate), reserve)
+
+    async def _return_idle(self, *, all_of_it: bool) -> None:
+        await asyncio.gather(*(pool.return_idle(all_of_it=all_of_it) for pool in self._pools.values()))
+
+    def _count(self, tenant: Tenant, limit: str, outcome: str) -> None:
+        metrics.limiter_counter(limit, outcome, tenant.name).inc()
+
+
+_UNIT: Mapping[Kind, str] = {"requests": "requests", "audio": "audio seconds"}
+
+
+def _own(tenant: Tenant, kind: Kind) -> Scope | None:
+    bucket = tenant.requests if kind == "requests" else tenant.audio
+    if bucket is None:
+        return None
+    return Scope(f"{{limits}}:tenant:{tenant.name}:{kind}", f"tenant:{tenant.name} {_UNIT[kind]}", bucket)
+
+
+def _scopes(*scopes: Scope | None) -> Iterator[Scope]:
+    yield from (scope for scope in scopes if scope is not None)
+
+
+def _words(scope: Scope, kind: Kind) -> str:
+    return f"{scope.bucket.rate:g} {_UNIT[kind]} a second ({scope.quota})"
