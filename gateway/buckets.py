@@ -44,14 +44,15 @@ local function bucket(first, i)
 end
 """
 
-# cost, want → {granted, 0, 0} or {0, which bucket is short, ms until it is not}
+# cost, want, promise → {granted, 0, 0, 0} or {0, which bucket is short, ms until it is not, ms until what it will have
+# then is not promised yet}. In the latter case the next `promise` units are promised to whoever asked.
 TAKE = Script(
     _FILL
     + f"""
-local time, cost, want = now(), tonumber(ARGV[2]), tonumber(ARGV[3])
+local time, cost, want, promise = now(), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local levels, ats, grant, short, wait = {{}}, {{}}, want, 0, 0
 for i, key in ipairs(KEYS) do
-  local rate, burst, reserve = bucket(4, i)
+  local rate, burst, reserve = bucket(5, i)
   local level, at = filled(key, rate, burst, time)
   levels[i], ats[i] = level, at
   local missing = math.min(cost, burst - reserve) + reserve - level
@@ -61,12 +62,20 @@ for i, key in ipairs(KEYS) do
   end
   grant = math.min(grant, math.max(cost, math.floor((level - reserve) / {SHRINK})))
 end
-if wait > 0 then return {{0, short, wait}} end
+if wait > 0 then
+  local rate, burst = bucket(5, short)
+  local first = math.max(wait, (tonumber(redis.call('HGET', KEYS[short], 'promised')) or 0) - time)
+  save(KEYS[short], levels[short], ats[short], rate, burst)
+  local promised = time + first + promise / rate
+  redis.call('HSET', KEYS[short], 'promised', string.format('%.0f', promised))
+  redis.call('PEXPIREAT', KEYS[short], math.ceil(math.max(promised, redis.call('PEXPIRETIME', KEYS[short]))))
+  return {{0, short, wait, math.ceil(first)}}
+end
 for i, key in ipairs(KEYS) do
-  local rate, burst = bucket(4, i)
+  local rate, burst = bucket(5, i)
   save(key, levels[i] - grant, ats[i], rate, burst)
 end
-return {{grant, 0, 0}}
+return {{grant, 0, 0, 0}}
 """
 )
 
@@ -129,6 +138,8 @@ class Short:
 
     scope: Scope
     seconds: float
+    free_seconds: float = 0.0
+    """After so many, what it has is not promised to anybody who was refused before."""
 
 
 class SharedBuckets:
@@ -139,14 +150,16 @@ class SharedBuckets:
         self._ledger = ledger
         self._now = now
 
-    async def take(self, scopes: Sequence[Scope], cost: int, want: int) -> Granted | Short:
+    async def take(self, scopes: Sequence[Scope], cost: int, want: int, promise: int) -> Granted | Short:
         """Takes from all or from none: `want` units where they are plenty, fewer where not, `cost` at least.
+
+        Where there is too little, the next `promise` units of the bucket are promised to those who are refused now.
 
         Raises:
             StoreUnavailable: the ledger does not answer. It may have taken all the same.
         """
-        granted, short, ms = await self._run(TAKE, scopes, cost, max(cost, want))
-        return Granted(granted) if granted else Short(scopes[short - 1], ms / 1000)
+        granted, short, ms, free_ms = await self._run(TAKE, scopes, cost, max(cost, want), promise)
+        return Granted(granted) if granted else Short(scopes[short - 1], ms / 1000, free_ms / 1000)
 
     async def give(self, scopes: Sequence[Scope], amount: int) -> None:
         """Puts back, or takes after all if it is negative. Never tried twice.

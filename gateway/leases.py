@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from common import metrics
 from common.store import StoreUnavailable
-from gateway.buckets import Granted, LocalBuckets, Scope, SharedBuckets, Short
+from gateway.buckets import UNITS, Granted, LocalBuckets, Scope, SharedBuckets, Short
 
 BLOCK_SECONDS = 0.2
 """A block should last so long at the present demand …"""
 IDLE_SECONDS = 1.0
 """… and what of it has not been spent after this goes back."""
+PROMISED_AHEAD = 8
+"""Calls that are refused without asking the ledger, once it has refused one."""
 MAX_QUEUED = 2000
 """Calls that wait for the same block; more are refused."""
 
@@ -39,6 +42,31 @@ class _Demand:
 
 
 @dataclass
+class _Promise:
+    """When those who are refused may come again: one by one, as fast as the bucket fills."""
+
+    scope: Scope
+    refused_until: float
+    """Before that, nobody needs to ask."""
+    due: float
+    """When the next of them may come."""
+    end: float
+    """From then on, what the bucket gets is not promised to this gateway."""
+    step: float
+    """Seconds in which the bucket gets a unit, for this gateway."""
+
+    def holds(self, now: float) -> bool:
+        """Whether one more can be refused within it."""
+        return now < self.refused_until and self.due < self.end - self.step
+
+    def refuse(self, cost: int, now: float) -> Short:
+        """Tells one more when to come."""
+        due = max(self.due, now)
+        self.due = due + cost * self.step
+        return Short(self.scope, due - now)
+
+
+@dataclass
 class Pool:
     """The tokens at hand for calls that draw on the same buckets, in the buckets' units."""
 
@@ -55,10 +83,7 @@ class Pool:
     """What is at hand came from the ledger."""
     _queue: deque[tuple[int, asyncio.Future[Short | None]]] = field(default_factory=deque)
     _asking: asyncio.Task[None] | None = None
-    _denied: Short | None = None
-    _denied_until: float = 0.0
-    _promised: float = 0.0
-    """Until then, what comes in is promised to calls that were refused."""
+    _promise: _Promise | None = None
     _spent_at: float = 0.0
     _demand: _Demand = field(init=False)
 
@@ -73,10 +98,10 @@ class Pool:
             self.at_hand -= cost
             self._spent_at = now
             return None
-        if self._denied is not None and now < self._denied_until:
-            return self._refuse(self._denied.scope, self._denied_until - now, cost)
+        if self._promise is not None and self._promise.holds(now):
+            return self._promise.refuse(cost, now)
         if len(self._queue) >= MAX_QUEUED:
-            return self._refuse(self.scopes[0], 1.0, cost)
+            return Short(self.scopes[0], 1.0)
         answer: asyncio.Future[Short | None] = asyncio.get_running_loop().create_future()
         self._queue.append((cost, answer))
         if self._asking is None:
@@ -119,27 +144,38 @@ class Pool:
                 cost = self._queue[0][0]
                 if cost > self.at_hand:
                     got = await self._more(cost)
-                    if isinstance(got, Short):
+                    if isinstance(got, _Promise):
                         self._deny(got)
                         continue
                     self.at_hand += got.amount
-                    self._denied = None
+                    self._promise = None
                 self._serve()
         finally:
             self._asking = None
             while self._queue:  # only if this was cancelled
                 self._queue.popleft()[1].cancel()
 
-    async def _more(self, cost: int) -> Granted | Short:
-        waiting = sum(cost for cost, answer in self._queue if not answer.done())
-        want = max(cost, waiting - self.at_hand) + (self._demand.block if self.leasing else 0)
+    async def _more(self, cost: int) -> Granted | _Promise:
+        """More tokens from the ledger, or from what this gateway may spend without it."""
+        waiting = self._waiting()
+        want = max(cost, waiting - self.at_hand) + self._demand.block if self.leasing else cost
+        promise = waiting + PROMISED_AHEAD * cost
         try:
-            got = await self.shared.take(self.scopes, cost, want if self.leasing else cost)
+            got = await self.shared.take(self.scopes, cost, want, promise)
         except StoreUnavailable:
             metrics.LIMITER_DEGRADED.inc()
-            return self.local.take(self.scopes, cost)
+            local = self.local.take(self.scopes, cost)
+            return self._promised(local, math.inf, self.parts) if isinstance(local, Short) else local
         self._borrowed = True
-        return got
+        return self._promised(got, promise, 1) if isinstance(got, Short) else got
+
+    def _promised(self, short: Short, units: float, parts: int) -> _Promise:
+        now, step = self.clock(), parts / (short.scope.bucket.rate * UNITS)
+        due = now + max(short.seconds, short.free_seconds)
+        return _Promise(short.scope, now + short.seconds, due, due + units * step, step)
+
+    def _waiting(self) -> int:
+        return sum(cost for cost, answer in self._queue if not answer.done())
 
     def _serve(self) -> None:
         while self._queue and self._queue[0][0] <= self.at_hand:
@@ -149,17 +185,10 @@ class Pool:
                 self._spent_at = self.clock()
                 answer.set_result(None)
 
-    def _deny(self, short: Short) -> None:
+    def _deny(self, promise: _Promise) -> None:
         """Refuses all who wait, each with a time of its own."""
-        self._denied, self._denied_until = short, self.clock() + short.seconds
+        self._promise, now = promise, self.clock()
         while self._queue:
             cost, answer = self._queue.popleft()
             if not answer.done():
-                answer.set_result(self._refuse(short.scope, short.seconds, cost))
-
-    def _refuse(self, scope: Scope, seconds: float, cost: int) -> Short:
-        """Who is refused later comes again later, as fast as the bucket fills: not all at once."""
-        now = self.clock()
-        due = max(now + seconds, self._promised)
-        self._promised = due + cost / 1000 / scope.bucket.rate * self.parts
-        return Short(scope, due - now)
+                answer.set_result(promise.refuse(cost, now))
