@@ -5,7 +5,9 @@
     ├── NotFound              what was named does not exist
     ├── OutOfRange            it turned out larger than what a reply holds
     ├── PermissionDenied      the caller may not say this
+    ├── Unauthenticated       nobody knows who calls
     ├── ResourceExhausted     busy: try again after a delay
+    ├── Aborted               it runs already, elsewhere
     ├── Unavailable           gone or going: try again
     ├── DeadlineExceeded      the deadline has passed, or cannot be met
     ├── Cancelled             the caller went away
@@ -166,6 +168,18 @@ class PermissionDenied(ChorusError):
     """The caller may not say this."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
+
+
+class Unauthenticated(ChorusError):
+    """Nobody knows who calls."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class Aborted(ChorusError):
+    """It runs already, elsewhere. Always with `retry_after`."""
+
+    code = grpc.StatusCode.ABORTED
 
 
 class ResourceExhausted(ChorusError):

@@ -15,6 +15,7 @@ INTERNAL_PREFIX = "x-chorus-internal-"
 INTERNAL_SECRET = "x-chorus-internal-secret"  # noqa: S105 (a name)
 INTERNAL_TENANT = "x-chorus-internal-tenant"
 PRIORITY = "x-chorus-priority"
+IDEMPOTENCY_KEY = "idempotency-key"
 ORCA_LOAD = "endpoint-load-metrics-bin"
 
 Priority: TypeAlias = Literal["interactive", "batch"]

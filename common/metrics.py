@@ -61,6 +61,7 @@ LIMITER_DECISIONS = Counter(
 LIMITER_DEGRADED = Counter(
     "chorus_limiter_degraded_total", "Decisions within local limits, since the ledger did not answer."
 )
+CLAIMS = Counter("chorus_claims_total", "What became of calls with idempotency keys.", ["outcome"])
 HOLDS = Gauge("chorus_limiter_holds", "Estimates of audio that are charged and not settled.")
 MAX_TENANTS = 50
 """Tenants with metrics of their own; all others are one."""

@@ -126,7 +126,7 @@ def test_no_more_than_rate_and_burst_whatever_gateways_do(
     server: Valkey, steps: list[Any], rate: float, burst: float, leasing: bool
 ) -> None:
     async def play() -> None:
-        limits = {"requests_per_second": rate, "requests_burst": burst, "leasing": leasing}
+        limits: dict[str, Any] = {"requests_per_second": rate, "requests_burst": burst, "leasing": leasing}
         async with fleet(server.url, 2, **limits) as gateways:
             began, admitted = gateways.clock.ms, 0
             for step, *args in steps:
@@ -296,7 +296,7 @@ async def test_a_refusal_by_one_bucket_takes_nothing_from_the_other(valkey: Valk
 
 
 async def test_batch_work_leaves_a_share_to_interactive_calls(valkey: Valkey) -> None:
-    limits = {"requests_per_second": 1.0, "requests_burst": 40.0, "interactive_share": 0.25}
+    limits: dict[str, Any] = {"requests_per_second": 1.0, "requests_burst": 40.0, "interactive_share": 0.25}
     async with fleet(valkey.url, 1, **limits) as gateways:
         (limiter,) = gateways.limiters
         batch = [await refusal(limiter, "a", "batch") for _ in range(40)]
