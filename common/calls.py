@@ -224,6 +224,7 @@ def _close(call: Call) -> None:
         code=call.code,
         request_id=call.request_id,
         tenant=call.tenant,
+        priority=call.priority,
         ms=round(seconds * 1000, 1),
         **reason,
         **call.facts,

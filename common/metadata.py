@@ -14,6 +14,8 @@ INTERNAL_PREFIX = "x-chorus-internal-"
 """Said by gateways only."""
 INTERNAL_SECRET = "x-chorus-internal-secret"  # noqa: S105 (a name)
 INTERNAL_TENANT = "x-chorus-internal-tenant"
+API_KEY = "x-api-key"
+AUTHORIZATION = "authorization"
 PRIORITY = "x-chorus-priority"
 IDEMPOTENCY_KEY = "idempotency-key"
 ORCA_LOAD = "endpoint-load-metrics-bin"

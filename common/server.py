@@ -26,6 +26,7 @@ from common.errors import StartupError
 from common.logs import logger
 from common.process import calm_garbage_collector
 from common.settings import LimitSettings, Settings
+from common.tls import server_credentials
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -39,8 +40,15 @@ KEEPALIVE_PERMITTED_MS = 5_000
 class Server:
     """A gRPC server with what belongs to every one of ours. It is NOT_SERVING until `set_serving`."""
 
-    def __init__(self, settings: Settings, services: Iterable[str], identify: Identify) -> None:
-        """`services`: full names of the services that will be registered on `grpc`."""
+    def __init__(
+        self, settings: Settings, services: Iterable[str], identify: Identify, *, reflection: bool = True
+    ) -> None:
+        """`services`: full names of the services that will be registered on `grpc`.
+
+        Raises:
+            StartupError: the certificates cannot be read.
+        """
+        self._credentials = server_credentials(settings.tls)
         self._frame = CallFrame(identify, settings.limits.concurrent_calls, settings.debug)
         self.grpc = grpc.aio.server(
             interceptors=[self._frame],
@@ -49,7 +57,8 @@ class Server:
         self._services = tuple(services)
         self._health = aio_health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        _add_reflection(self.grpc, self._services)
+        if reflection:
+            _add_reflection(self.grpc, self._services)
         self._stop_signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
 
     async def set_serving(self, serving: bool) -> None:
@@ -67,11 +76,14 @@ class Server:
         metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
         await self.set_serving(False)
         try:
-            port = self.grpc.add_insecure_port(address)
+            if self._credentials is None:
+                port = self.grpc.add_insecure_port(address)
+            else:
+                port = self.grpc.add_secure_port(address, self._credentials)
         except RuntimeError:
             raise StartupError(f"cannot listen on {address}: is another process there?") from None
         await self.grpc.start()
-        logger().info("listening", address=address, port=port)
+        logger().info("listening", address=address, port=port, tls=self._credentials is not None)
 
     def stop_soon(self) -> None:
         """Begins a drain as SIGINT does."""

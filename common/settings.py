@@ -44,6 +44,14 @@ def _is_host_port(address: str) -> bool:
     return bool(host) and port.isdecimal() and int(port) < 65536
 
 
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches a listener there."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
 def _check_backends(backends: str) -> str:
     addresses = [address.strip() for address in backends.split(",")]
     if len(addresses) > 1:
@@ -94,10 +102,26 @@ class LimitSettings(Section):
     """The share of its cores that a process's encoders may need, all at the pace of real time; more are refused."""
 
 
+class TlsSettings(Section):
+    """Encryption between callers, gateways and services. Files are PEM; each process has settings of its own."""
+
+    certificate: Path | None = None
+    key: Path | None = None
+    """What this process shows: to its callers and, as a gateway, to services. Without it nothing is encrypted."""
+    callers_ca: Path | None = None
+    """Who signs the certificates of callers. With it, callers without one are not let in (mutual TLS)."""
+    services_ca: Path | None = None
+    """For gateways: who signs the certificates of services. With it, gateways speak TLS to them."""
+    services_name: str | None = None
+    """For gateways: the name in the services' certificates, where it is not the one that they are called by."""
+
+
 class ServiceSettings(Section):
     """The process that owns an engine."""
 
     listen: Address = "127.0.0.1:50061"
+    allow_direct: bool = False
+    """Let callers from other machines go round the gateway. From this machine they may."""
     metrics_listen: HttpAddress = "127.0.0.1:9461"
     drain_seconds: Seconds = 5.0
     """After SIGTERM: how long calls are still accepted while balancers notice."""
@@ -109,6 +133,12 @@ class GatewaySettings(Section):
     """The process that callers talk to."""
 
     listen: Address = "127.0.0.1:50051"
+    tenants: Path | None = None
+    """A file with the tenants: their keys and limits, see docs/tenants.md. Without it nobody needs a key."""
+    allow_anonymous: bool = False
+    """Listen to other machines too, although nobody needs a key."""
+    reflection: bool = True
+    """Tell what services and messages there are. Needs no key."""
     metrics_listen: HttpAddress = "127.0.0.1:9451"
     backends: Annotated[str, AfterValidator(_check_backends)] = "127.0.0.1:50061"
     """Services: `HOST:PORT`, several separated by commas, or one target that gRPC resolves, such as `dns:///name:port`."""
@@ -148,11 +178,26 @@ class StoreSettings(Section):
     """URL of the server that may forget: results. Default: the ledger."""
     budget: PositiveSeconds = 0.03
     """Seconds that a call waits for an answer; then it goes on without."""
+    folder: Path | None = None
+    """Where what must not be lost lies on disk, if there is no other place. Default: `chorus` in the user's state."""
+    objects: str | None = None
+    """URL of the place for what is large: `file:///folder`, `s3://bucket/prefix`. Default: in `store.folder`."""
     tls_ca: Path | None = None
     """For `rediss://`: who signs the server's certificate. Default: the system's authorities."""
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     """What we show to a server that wants to know its clients."""
+
+    @property
+    def state(self) -> Path:
+        """The folder in effect."""
+        home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        return self.folder or home / "chorus"
+
+    @property
+    def objects_url(self) -> str:
+        """The place in effect."""
+        return self.objects or (self.state.absolute() / "objects").as_uri()
 
 
 class BatcherSettings(Section):
@@ -286,6 +331,7 @@ class Settings(BaseSettings):
     """What gateways and services share, so that a service knows its gateways. Without it only loopback is trusted."""
     log: LogSettings = LogSettings()
     limits: LimitSettings = LimitSettings()
+    tls: TlsSettings = TlsSettings()
     service: ServiceSettings = ServiceSettings()
     gateway: GatewaySettings = GatewaySettings()
     limiter: LimiterSettings = LimiterSettings()

@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable
 import grpc
 import grpc.aio
 
-from common.settings import LimitSettings
+from common.settings import Settings
+from common.tls import channel_credentials
 
 HEALTH_SERVICE = "chorus.v1.TextToSpeechService"
 RETRY_TOKENS = 100
@@ -50,28 +51,40 @@ SERVICE_CONFIG = {
 }
 
 
-def open_channel(backends: str, limits: LimitSettings) -> grpc.aio.Channel:
-    """A channel to all backends. `backends`: as in `gateway.backends`."""
-    return grpc.aio.insecure_channel(
-        target(backends),
-        options=[
-            ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
-            ("grpc.enable_retries", 1),
-            ("grpc.max_receive_message_length", limits.message_bytes),
-            ("grpc.max_send_message_length", limits.message_bytes),
-            # A backend that is stopped, not dead, answers no ping: its calls fail after 10 s, and it gets no more.
-            ("grpc.keepalive_time_ms", 6_000),
-            ("grpc.keepalive_timeout_ms", 4_000),
-            # Without it gRPC sends two such pings and then one a minute, while there is nothing else to send.
-            ("grpc.http2.max_pings_without_data", 0),
-            ("grpc.http2.ping_timeout_ms", 4_000),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 2_000),
-            ("grpc.http2.bdp_probe", 0),
-            ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
-        ],
-    )
+def open_channel(backends: str, settings: Settings) -> grpc.aio.Channel:
+    """A channel to all backends, with TLS if there is `tls.services_ca`. `backends`: as in `gateway.backends`.
+
+    Raises:
+        StartupError: the certificates cannot be read.
+    """
+    tls, options = settings.tls, channel_options(settings)
+    if tls.services_ca is None:
+        return grpc.aio.insecure_channel(target(backends), options=options)
+    credentials = channel_credentials(tls.services_ca, tls.certificate, tls.key)
+    return grpc.aio.secure_channel(target(backends), credentials, options=options)
+
+
+def channel_options(settings: Settings) -> list[tuple[str, str | int]]:
+    """The options of a channel in gRPC's own names."""
+    limits, name = settings.limits, settings.tls.services_name
+    return [
+        *([("grpc.ssl_target_name_override", name)] if name is not None else []),
+        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+        ("grpc.enable_retries", 1),
+        ("grpc.max_receive_message_length", limits.message_bytes),
+        ("grpc.max_send_message_length", limits.message_bytes),
+        # A backend that is stopped, not dead, answers no ping: its calls fail after 10 s, and it gets no more.
+        ("grpc.keepalive_time_ms", 6_000),
+        ("grpc.keepalive_timeout_ms", 4_000),
+        # Without it gRPC sends two such pings and then one a minute, while there is nothing else to send.
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.ping_timeout_ms", 4_000),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
+    ]
 
 
 def target(backends: str) -> str:

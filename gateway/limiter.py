@@ -53,15 +53,16 @@ class Admission:
         self._held: int | None = None
 
     async def hold(self, seconds: float) -> None:
-        """Charges an estimate in seconds of audio.
+        """Charges an estimate in seconds of audio, beside what is charged already.
 
         Raises:
             ResourceExhausted: it is too much now.
         """
         cost = max(1, round(seconds * UNITS))
         await self._limiter._spend(self._tenant, "audio", self._priority, cost)
-        self._held = cost
-        metrics.HOLDS.inc()
+        if self._held is None:
+            metrics.HOLDS.inc()
+        self._held = (self._held or 0) + cost
 
     def settle(self, seconds: float) -> None:
         """The truth in the place of the estimate; once. What is never settled stays charged as it was estimated."""

@@ -1,26 +1,166 @@
-"""The main path of a call through the gateway: who calls, how long it may take, and on to a backend."""
+"""The main path of a call through the gateway: identify → admit → claim → speak, and on to a backend."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any, TypeAlias
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from common.calls import Context, current_call
 from common.errors import DeadlineExceeded
-from common.metadata import INTERNAL_SECRET, INTERNAL_TENANT, PRIORITY, REQUEST_ID, Metadata
+from common.metadata import INTERNAL_SECRET, INTERNAL_TENANT, PRIORITY, REQUEST_ID, Metadata, as_metadata
 from common.settings import Settings
 from common.writing import with_servers_word
+from gateway.claims import Keyed
+from gateway.idempotency import Idempotency, fingerprint, read_key
+from gateway.limiter import Admission, Limiter
+from gateway.tenants import Tenants
 from gateway.upstream import told
-
-ANYONE = "anyone"
-"""The tenant of callers who are not told apart."""
 
 Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[Any, Any]"
 StreamMethod: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[Any, Any] | grpc.aio.StreamStreamMultiCallable[Any, Any]"
+Reply = TypeVar("Reply", bound=Any)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A call that has its turn: what its backends are told, and how long they have."""
+
+    admission: Admission
+    deadline: float
+    """On the monotonic clock, in seconds."""
+    metadata: Metadata
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that are left.
+
+        Raises:
+            DeadlineExceeded: none are.
+        """
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED")
+        return left
+
+
+class Pipeline:
+    """What is the same for every call, whatever it asks for."""
+
+    def __init__(self, settings: Settings, tenants: Tenants, limiter: Limiter, idempotency: Idempotency) -> None:
+        self._settings = settings
+        self._tenants = tenants
+        self._limiter = limiter
+        self._idempotency = idempotency
+
+    async def unary(
+        self, request: Message, context: Context, kind: type[Reply], make: Callable[[Turn], Awaitable[Reply]]
+    ) -> Reply:
+        """A call with one reply. `make`: makes it, once it has its turn."""
+        call = current_call()
+        self._set_priority()
+        deadline = self._deadline(context)
+        keyed = self._keyed(request, context, deadline)
+        async with self._limiter.admitted(call.tenant, call.priority) as admission:
+            turn = Turn(admission, deadline, self._metadata())
+            return await self._idempotency.unary(keyed, kind, lambda: make(turn))
+
+    async def stream(
+        self,
+        request: Message | None,
+        context: Context,
+        kind: type[Reply],
+        make: Callable[[Turn], AsyncGenerator[Reply, None]],
+    ) -> AsyncGenerator[Reply, None]:
+        """A call with a stream of replies. `request`: None: it is a stream too, which cannot be told twice."""
+        call = current_call()
+        self._set_priority()
+        deadline = self._deadline(context)
+        keyed = None if request is None else self._keyed(request, context, deadline)
+        async with self._limiter.admitted(call.tenant, call.priority) as admission:
+            turn = Turn(admission, deadline, self._metadata())
+            async with aclosing(self._idempotency.stream(keyed, kind, lambda: make(turn))) as replies:
+                async for reply in replies:
+                    yield reply
+
+    def _keyed(self, request: Message, context: Context, deadline: float) -> Keyed | None:
+        key = read_key(as_metadata(context.invocation_metadata()))
+        if key is None:
+            return None
+        call = current_call()
+        return Keyed(call.tenant, call.method, key, fingerprint(request), deadline)
+
+    def _set_priority(self) -> None:
+        """A tenant whose work is batch work makes no other, whatever its calls say."""
+        call = current_call()
+        if self._tenants.get(call.tenant).priority == "batch":
+            call.priority = "batch"
+
+    def _deadline(self, context: Context) -> float:
+        """When backends must have ended: the caller's deadline, within the server's maximum, less the way back."""
+        limits, margin = self._settings.limits, self._settings.gateway.deadline_margin
+        remaining = context.time_remaining()
+        allowed = limits.deadline_default if remaining is None else min(remaining, limits.deadline_max)
+        if allowed <= margin:
+            raise DeadlineExceeded(
+                f"the deadline leaves less than {margin * 1000:.0f} ms; allow more time", "DEADLINE_UNREACHABLE"
+            )
+        return time.monotonic() + allowed - margin
+
+    def _metadata(self) -> Metadata:
+        """What a backend is told of the caller. Nothing of the caller's own metadata passes."""
+        call = current_call()
+        told: Metadata = ((REQUEST_ID, call.request_id), (INTERNAL_TENANT, call.tenant))
+        if call.priority != "interactive":
+            told += ((PRIORITY, call.priority),)
+        if self._settings.secret is not None:
+            told += ((INTERNAL_SECRET, self._settings.secret.get_secret_value()),)
+        return told
+
+
+async def forward(method: Method, request: Any, turn: Turn) -> Any:
+    """Asks a backend, and returns its reply.
+
+    Raises:
+        ChorusError: the backend's own error, or why there was no answer.
+    """
+    try:
+        return await method(request, metadata=turn.metadata, timeout=turn.timeout)
+    except grpc.aio.AioRpcError as error:
+        raise told(error) from error
+
+
+async def forward_stream(method: StreamMethod, request: Any, turn: Turn) -> AsyncGenerator[Any, None]:
+    """Asks a backend, and passes each message on before it takes the next: nothing piles up here.
+
+    `request`: a message, or an iterator of messages where the method takes a stream.
+
+    Raises:
+        ChorusError: the backend's own error, or why there was no answer.
+    """
+    requests = _Requests(request) if isinstance(request, AsyncIterator) else None
+    call = method(requests or request, metadata=turn.metadata, timeout=turn.timeout)
+    if requests is not None:
+        call = with_servers_word(call)
+    try:
+        async for message in call:
+            yield message
+    except asyncio.CancelledError:
+        # gRPC cancels a call whose requests fail, and keeps the reason to itself.
+        if requests is not None and requests.error is not None:
+            raise requests.error from None
+        raise
+    except grpc.aio.AioRpcError as error:
+        raise told(error) from error
+    finally:
+        call.cancel()
 
 
 class _Requests:
@@ -41,65 +181,3 @@ class _Requests:
         except Exception as error:
             self.error = error
             raise
-
-
-class Pipeline:
-    """Forwards calls to backends."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-
-    async def unary(self, method: Method, request: Any, context: Context) -> Any:
-        """Asks a backend, and answers with its reply or with its error."""
-        try:
-            return await method(request, metadata=self._metadata(), timeout=self._timeout(context))
-        except grpc.aio.AioRpcError as error:
-            raise told(error) from error
-
-    async def stream(self, method: StreamMethod, request: Any, context: Context) -> AsyncGenerator[Any, None]:
-        """Asks a backend, and passes each message on before it takes the next: nothing piles up here.
-
-        `request`: a message, or an iterator of messages where the method takes a stream.
-        """
-        requests = _Requests(request) if isinstance(request, AsyncIterator) else None
-        call = method(requests or request, metadata=self._metadata(), timeout=self._timeout(context))
-        if requests is not None:
-            call = with_servers_word(call)
-        try:
-            async for message in call:
-                yield message
-        except asyncio.CancelledError:
-            # gRPC cancels a call whose requests fail, and keeps the reason to itself.
-            if requests is not None and requests.error is not None:
-                raise requests.error from None
-            raise
-        except grpc.aio.AioRpcError as error:
-            raise told(error) from error
-        finally:
-            call.cancel()
-
-    def _timeout(self, context: Context) -> float:
-        """Seconds that the backend gets: the caller's, within the server's maximum, less the way back."""
-        limits, margin = self._settings.limits, self._settings.gateway.deadline_margin
-        remaining = context.time_remaining()
-        allowed = limits.deadline_default if remaining is None else min(remaining, limits.deadline_max)
-        if allowed <= margin:
-            raise DeadlineExceeded(
-                f"the deadline leaves less than {margin * 1000:.0f} ms; allow more time", "DEADLINE_UNREACHABLE"
-            )
-        return allowed - margin
-
-    def _metadata(self) -> Metadata:
-        """What a backend is told of the caller. Nothing of the caller's own metadata passes."""
-        call = current_call()
-        told: Metadata = ((REQUEST_ID, call.request_id), (INTERNAL_TENANT, call.tenant))
-        if call.priority != "interactive":
-            told += ((PRIORITY, call.priority),)
-        if self._settings.secret is not None:
-            told += ((INTERNAL_SECRET, self._settings.secret.get_secret_value()),)
-        return told
-
-
-def identify(metadata: Metadata, peer: str) -> str:
-    """The tenant of a call. What a caller says in internal metadata is not heard."""
-    return ANYONE

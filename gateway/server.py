@@ -1,19 +1,30 @@
-"""The gateway process: callers on one side, backends on the other."""
+"""The gateway process: callers on one side, backends on the other, and the stores that gateways share."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from pydantic import SecretStr
 
 from audio.background import CORES
 from audio.budget import Budget
+from common.errors import StartupError
 from common.logs import logger, set_up_logs
 from common.metrics import BACKENDS_READY, serve_metrics, watch_encoders
+from common.objects import Objects
 from common.server import Server, run
-from common.settings import Settings
+from common.settings import Settings, is_loopback
+from common.store import Store
 from gateway.backends import open_channel, watch
-from gateway.pipeline import Pipeline, identify
+from gateway.idempotency import Idempotency
+from gateway.limiter import Limiter
+from gateway.pipeline import Pipeline
 from gateway.servicer import JobServicer, Servicer
+from gateway.speech import Speech
+from gateway.tenants import Tenants
 from gateway.transcoder import Transcoder
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 
@@ -29,14 +40,19 @@ def main(settings: Settings) -> None:
 
 
 async def serve(settings: Settings) -> None:
-    """Serves until a signal. Health is SERVING while a backend is."""
+    """Serves until a signal. Health is SERVING while a backend is, whatever the stores do."""
+    _check_listen(settings)
+    tenants = Tenants(settings.gateway.tenants)
     serve_metrics(settings.gateway.metrics_listen)
     names = [service.full_name for service in tts_pb2.DESCRIPTOR.services_by_name.values()]
-    server = Server(settings, names, identify)
+    server = Server(settings, names, tenants.identify, reflection=settings.gateway.reflection)
     encoders = Budget(settings.limits.encoder_load, CORES)
     watch_encoders(encoders)
-    async with open_channel(settings.gateway.backends, settings.limits) as channel:
-        _register(Servicer(Pipeline(settings), Transcoder(encoders, settings.limits), channel), server)
+    async with open_ledger(settings) as ledger, open_channel(settings.gateway.backends, settings) as channel:
+        limiter = Limiter(ledger, settings.limiter, tenants.get)
+        idempotency = Idempotency(ledger, Objects(settings.store.objects_url))
+        pipeline = Pipeline(settings, tenants, limiter, idempotency)
+        _register(Servicer(pipeline, Speech(channel), Transcoder(encoders, settings.limits), channel), server)
         await server.start(settings.gateway.listen)
 
         async def follow(ready: bool) -> None:
@@ -44,11 +60,55 @@ async def serve(settings: Settings) -> None:
             logger().info("backend ready" if ready else "no backend ready", backends=settings.gateway.backends)
             await server.set_serving(ready)
 
-        watcher = asyncio.create_task(watch(channel, follow))
-        await server.wait_for_drain(settings.gateway.drain_seconds, settings.gateway.grace_seconds)
-        watcher.cancel()
-        with suppress(asyncio.CancelledError):
-            await watcher
+        async with _running(watch(channel, follow), tenants.follow(), limiter.run(), idempotency.run()):
+            await server.wait_for_drain(settings.gateway.drain_seconds, settings.gateway.grace_seconds)
+
+
+@asynccontextmanager
+async def open_ledger(settings: Settings) -> AsyncIterator[Store]:
+    """The ledger, closed in the end."""
+    ledger = Store("ledger", _plain(settings.store.ledger), settings.store)
+    try:
+        yield ledger
+    finally:
+        await ledger.close()
+
+
+@asynccontextmanager
+async def _running(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Tasks that run beside; an end of one that nobody asked for is in the log."""
+    tasks = [asyncio.create_task(loop) for loop in loops]
+    for task in tasks:
+        task.add_done_callback(_report)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger().error("a background task failed", exc_info=error)
+
+
+def _check_listen(settings: Settings) -> None:
+    """Refuses to be open to other machines by mistake.
+
+    Raises:
+        StartupError: it would be.
+    """
+    gateway = settings.gateway
+    if gateway.tenants is None and not gateway.allow_anonymous and not is_loopback(gateway.listen):
+        raise StartupError(
+            f"a gateway on {gateway.listen} is open to other machines, and nobody needs a key: name a file of tenants "
+            "(gateway.tenants, see docs/tenants.md), or set gateway.allow_anonymous=true to let everybody in"
+        )
+
+
+def _plain(url: SecretStr | None) -> str | None:
+    return None if url is None else url.get_secret_value()
 
 
 def _register(servicer: Servicer, server: Server) -> None:

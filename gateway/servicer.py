@@ -8,7 +8,8 @@ import grpc.aio
 
 from common.calls import Context
 from common.errors import Unimplemented
-from gateway.pipeline import Pipeline
+from gateway.pipeline import Pipeline, Turn, forward
+from gateway.speech import Speech
 from gateway.transcoder import Transcoder
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 
@@ -20,60 +21,75 @@ class Servicer(
 ):
     """The same services as a backend's, so that a caller can go round the gateway."""
 
-    def __init__(self, pipeline: Pipeline, transcoder: Transcoder, channel: grpc.aio.Channel) -> None:
+    def __init__(self, pipeline: Pipeline, speech: Speech, transcoder: Transcoder, channel: grpc.aio.Channel) -> None:
         self._pipeline = pipeline
+        self._speech = speech
         self._transcoder = transcoder
-        self._speech: tts_pb2_grpc.TextToSpeechServiceAsyncStub = tts_pb2_grpc.TextToSpeechServiceStub(channel)
+        self._backend: tts_pb2_grpc.TextToSpeechServiceAsyncStub = tts_pb2_grpc.TextToSpeechServiceStub(channel)
         self._voices: tts_pb2_grpc.VoiceServiceAsyncStub = tts_pb2_grpc.VoiceServiceStub(channel)
         self._info: tts_pb2_grpc.ServerInfoServiceAsyncStub = tts_pb2_grpc.ServerInfoServiceStub(channel)
 
     async def Synthesize(self, request: tts_pb2.SynthesizeRequest, context: Context) -> tts_pb2.SynthesizeResponse:
-        """Forwarded for plain samples, and encoded."""
-        return await self._transcoder.whole(
-            request, lambda plain: self._pipeline.unary(self._speech.Synthesize, plain, context)
-        )
+        """Spoken in plain samples, and encoded."""
+
+        async def make(turn: Turn) -> tts_pb2.SynthesizeResponse:
+            return await self._transcoder.whole(request, lambda plain: self._speech.whole(plain, turn))
+
+        return await self._pipeline.unary(request, context, tts_pb2.SynthesizeResponse, make)
 
     def StreamSynthesize(
         self, request: tts_pb2.StreamSynthesizeRequest, context: Context
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeResponse, None]:
-        """Forwarded for plain samples, and encoded."""
-        return self._transcoder.stream(
-            request, lambda plain: self._pipeline.stream(self._speech.StreamSynthesize, plain, context)
-        )
+        """Spoken in plain samples, and encoded as it comes."""
+
+        def make(turn: Turn) -> AsyncGenerator[tts_pb2.StreamSynthesizeResponse, None]:
+            return self._transcoder.stream(request, lambda plain: self._speech.stream(plain, turn))
+
+        return self._pipeline.stream(request, context, tts_pb2.StreamSynthesizeResponse, make)
 
     def StreamSynthesizeText(
         self, request: AsyncIterator[tts_pb2.StreamSynthesizeTextRequest], context: Context
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeTextResponse, None]:
-        """Forwarded for plain samples, both ways as it comes, and encoded."""
-        return self._transcoder.dialogue(
-            request, lambda plain: self._pipeline.stream(self._speech.StreamSynthesizeText, plain, context)
-        )
+        """Spoken in plain samples while it is written, both ways as it comes, and encoded."""
+
+        def make(turn: Turn) -> AsyncGenerator[tts_pb2.StreamSynthesizeTextResponse, None]:
+            return self._transcoder.dialogue(request, lambda plain: self._speech.dialogue(plain, turn))
+
+        return self._pipeline.stream(None, context, tts_pb2.StreamSynthesizeTextResponse, make)
 
     async def NormalizeText(
         self, request: tts_pb2.NormalizeTextRequest, context: Context
     ) -> tts_pb2.NormalizeTextResponse:
         """Forwarded."""
-        response: tts_pb2.NormalizeTextResponse = await self._pipeline.unary(
-            self._speech.NormalizeText, request, context
+        return await self._pipeline.unary(
+            request,
+            context,
+            tts_pb2.NormalizeTextResponse,
+            lambda turn: forward(self._backend.NormalizeText, request, turn),
         )
-        return response
 
     async def ListVoices(self, request: tts_pb2.ListVoicesRequest, context: Context) -> tts_pb2.ListVoicesResponse:
         """Forwarded."""
-        response: tts_pb2.ListVoicesResponse = await self._pipeline.unary(self._voices.ListVoices, request, context)
-        return response
+        return await self._pipeline.unary(
+            request, context, tts_pb2.ListVoicesResponse, lambda turn: forward(self._voices.ListVoices, request, turn)
+        )
 
     async def GetVoice(self, request: tts_pb2.GetVoiceRequest, context: Context) -> tts_pb2.GetVoiceResponse:
         """Forwarded."""
-        response: tts_pb2.GetVoiceResponse = await self._pipeline.unary(self._voices.GetVoice, request, context)
-        return response
+        return await self._pipeline.unary(
+            request, context, tts_pb2.GetVoiceResponse, lambda turn: forward(self._voices.GetVoice, request, turn)
+        )
 
     async def GetServerInfo(
         self, request: tts_pb2.GetServerInfoRequest, context: Context
     ) -> tts_pb2.GetServerInfoResponse:
         """Forwarded."""
-        response: tts_pb2.GetServerInfoResponse = await self._pipeline.unary(self._info.GetServerInfo, request, context)
-        return response
+        return await self._pipeline.unary(
+            request,
+            context,
+            tts_pb2.GetServerInfoResponse,
+            lambda turn: forward(self._info.GetServerInfo, request, turn),
+        )
 
 
 class JobServicer(tts_pb2_grpc.JobServiceServicer):

@@ -25,7 +25,7 @@ from service import text
 from service.engines import load_engine
 from service.engines.base import SpeechEngine
 from service.servicer import Servicer
-from service.trust import tenant_of
+from service.trust import check_listen, tenant_of
 from service.voices import DEFAULT_VOICE
 
 SERVICES = ("TextToSpeechService", "VoiceService", "ServerInfoService")
@@ -46,6 +46,7 @@ def main(settings: Settings) -> None:
 
 async def serve(settings: Settings) -> None:
     """Serves until a signal. Health is SERVING only after the engine has spoken."""
+    check_listen(settings)
     serve_metrics(settings.service.metrics_listen)
     names = [tts_pb2.DESCRIPTOR.services_by_name[name].full_name for name in SERVICES]
     server = Server(settings, names, identify=partial(_identify, settings))
@@ -99,7 +100,7 @@ def _register(servicer: Servicer, server: Server) -> None:
 
 
 def _identify(settings: Settings, metadata: Metadata, peer: str) -> str:
-    return tenant_of(metadata, peer, settings.secret)
+    return tenant_of(metadata, peer, settings.secret, settings.service.allow_direct)
 
 
 def _policy(settings: BatcherSettings) -> Policy:

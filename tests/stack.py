@@ -137,7 +137,7 @@ class Stack:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "client.cli", role, "--exit-with-parent", str(os.getpid())),
                 cwd=ROOT,
-                env=clean | environment | {"TMPDIR": str(self.folder)},
+                env=clean | environment | {"TMPDIR": str(self.folder), "XDG_STATE_HOME": str(self.folder)},
                 stdout=log,
                 stderr=log,
             )

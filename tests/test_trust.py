@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 from pydantic import SecretStr
 
-from common.errors import PermissionDenied
+from common.errors import PermissionDenied, StartupError
 from common.metadata import Metadata, request_id
-from service.trust import DIRECT_TENANT, tenant_of
+from common.settings import Settings
+from service.trust import DIRECT_TENANT, check_listen, tenant_of
 
 SECRET = SecretStr("between us")
 TENANT = ("x-chorus-internal-tenant", "acme")
@@ -18,8 +22,8 @@ NEAR, FAR = "ipv4:127.0.0.1:5", "ipv4:10.0.0.9:5"
 @pytest.mark.parametrize(
     ("metadata", "peer", "secret", "tenant"),
     [
-        ((), FAR, None, DIRECT_TENANT),
-        ((), FAR, SECRET, DIRECT_TENANT),
+        ((), NEAR, None, DIRECT_TENANT),
+        ((), NEAR, SECRET, DIRECT_TENANT),
         ((("x-request-id", "1"),), NEAR, SECRET, DIRECT_TENANT),
         ((TENANT, SHOWN), FAR, SECRET, "acme"),
         ((SHOWN,), FAR, SECRET, DIRECT_TENANT),
@@ -51,6 +55,32 @@ def test_with_a_secret_nobody_is_trusted_without_it(shown: str | bytes | None, p
     assert caught.value.reason == "INTERNAL_METADATA"
     assert "x-chorus-internal-tenant" in caught.value.message
     assert SECRET.get_secret_value() not in caught.value.message
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_other_machines_may_not_go_round_the_gateway_unless_they_are_allowed_to(secret: SecretStr | None) -> None:
+    asked = (("x-chorus-priority", "interactive"),)
+    with pytest.raises(PermissionDenied) as caught:
+        tenant_of(asked, FAR, secret)
+    assert caught.value.reason == "DIRECT_CALL"
+    assert tenant_of(asked, FAR, secret, allow_direct=True) == DIRECT_TENANT
+
+
+@pytest.mark.parametrize(
+    ("settings", "opens"),
+    [
+        ({"service": {"listen": "127.0.0.1:1"}}, True),
+        ({"service": {"listen": "unix:/tmp/x"}}, True),
+        ({"service": {"listen": "[::1]:1"}}, True),
+        ({"service": {"listen": "0.0.0.0:1"}}, False),
+        ({"service": {"listen": "chorus.example:1"}}, False),
+        ({"service": {"listen": "0.0.0.0:1", "allow_direct": True}}, True),
+        ({"service": {"listen": "0.0.0.0:1"}, "secret": "between us"}, True),
+    ],
+)
+def test_a_service_is_not_open_to_other_machines_by_mistake(settings: dict[str, Any], opens: bool) -> None:
+    with nullcontext() if opens else pytest.raises(StartupError, match="CHORUS_SECRET"):
+        check_listen(Settings(**settings))
 
 
 def test_internal_names_that_mean_nothing_are_refused_too() -> None:
