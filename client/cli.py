@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from client.client import CallError, Client
+from client.client import DEFAULT_SECONDS, CallError, Client, Tls
 from client.say import FORMATS, SUFFIXES, Said, Wish, play, read_stdin, say, say_as_written
 from common.errors import StartupError
 from common.settings import Settings, load_settings
@@ -50,6 +50,17 @@ SetOption = Annotated[
 ]
 AddressOption = Annotated[
     str, typer.Option("--address", "-a", envvar="CHORUS_ADDRESS", help="Where Chorus listens: HOST:PORT.")
+]
+KeyOption = Annotated[
+    str | None, typer.Option("--api-key", envvar="CHORUS_API_KEY", help="The key, where the gateway wants one.")
+]
+CaOption = Annotated[
+    str | None,
+    typer.Option("--ca", envvar="CHORUS_CA", help="Speak TLS: who signs the server (a PEM file), or `system`."),
+]
+CertificateOption = Annotated[
+    Path | None,
+    typer.Option("--certificate", envvar="CHORUS_CERTIFICATE", help="What to show: a PEM file, certificate and key."),
 ]
 ParentOption = Annotated[int, typer.Option("--exit-with-parent", hidden=True)]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -109,6 +120,9 @@ def say_command(
     stream: Annotated[bool, typer.Option("--stream", help="Ask for a stream, also for a short text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not play it.")] = False,
     address: AddressOption = DEFAULT_ADDRESS,
+    key: KeyOption = None,
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
 ) -> None:
     """Speak a text into a file, and play it where there is a player and a terminal."""
     if bool(text) == (file is not None):
@@ -120,7 +134,7 @@ def say_command(
     words = _read(file) if file is not None else text
 
     async def call() -> None:
-        async with Client(address) as client:
+        async with _client(address, key, ca, certificate) as client:
             if text == "-":
                 said = await say_as_written(client, read_stdin(), path, wish, console=err)
             else:
@@ -140,6 +154,9 @@ def normalize(
     ] = None,
     language: Annotated[str, typer.Option(help="BCP 47. Default: detected.")] = "",
     address: AddressOption = DEFAULT_ADDRESS,
+    key: KeyOption = None,
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
 ) -> None:
     """Show how a text would be read: its segments, their words, and what nobody can speak."""
     if bool(text) == (file is not None):
@@ -147,7 +164,7 @@ def normalize(
     words = _read(file) if file is not None else text
 
     async def call() -> None:
-        async with Client(address) as client:
+        async with _client(address, key, ca, certificate) as client:
             response = await client.normalize(words, language=language)
             table = Table("bytes", "language", "spoken as", box=None, header_style="bold")
             for part in response.segments:
@@ -160,11 +177,16 @@ def normalize(
 
 
 @app.command()
-def voices(address: AddressOption = DEFAULT_ADDRESS) -> None:
+def voices(
+    address: AddressOption = DEFAULT_ADDRESS,
+    key: KeyOption = None,
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
+) -> None:
     """List the voices."""
 
     async def call() -> None:
-        async with Client(address) as client:
+        async with _client(address, key, ca, certificate) as client:
             table = Table("voice", "sounds like", "speaks", box=None, header_style="bold")
             for voice in await client.voices():
                 table.add_row(voice.name, voice.description, " ".join(voice.languages))
@@ -174,11 +196,16 @@ def voices(address: AddressOption = DEFAULT_ADDRESS) -> None:
 
 
 @app.command()
-def check(address: AddressOption = DEFAULT_ADDRESS) -> None:
+def check(
+    address: AddressOption = DEFAULT_ADDRESS,
+    key: KeyOption = None,
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
+) -> None:
     """Have a word spoken, and fail if it is not: a health check that goes all the way."""
 
     async def call() -> None:
-        async with Client(address, timeout=10.0) as client:
+        async with _client(address, key, ca, certificate, timeout=10.0) as client:
             response = await client.synthesize("你好")
             out.print(f"ok: {response.start.engine}, {response.end.sample_count} samples")
 
@@ -200,6 +227,35 @@ def config(
         if isinstance(section, dict):
             lines += ["", f"[{name}]", *(_toml_line(leaf, value) for leaf, value in section.items())]
     out.print("\n".join(lines), markup=False, highlight=False)
+
+
+@app.command()
+def key() -> None:
+    """Make an API key, and the line that puts it into the tenants' file."""
+    from gateway.tenants import hashed, new_key
+
+    made = new_key()
+    out.print(made, highlight=False, soft_wrap=True)
+    err.print("This is the only time that it is shown. In the tenants' file it is:")
+    err.print(f'keys = ["{hashed(made)}"]', markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def tenants(set_: SetOption = []) -> None:  # noqa: B006
+    """Show the tenants, and what is left of each limit on all gateways together."""
+    from client.tenants import show_tenants
+
+    asyncio.run(show_tenants(load_settings(set_), out))
+
+
+def _client(
+    address: str, key: str | None, ca: str | None, certificate: Path | None, timeout: float = DEFAULT_SECONDS
+) -> Client:
+    """A client as the options say."""
+    tls = None
+    if ca is not None or certificate is not None:
+        tls = Tls(None if ca in (None, "system") else Path(str(ca)), certificate, certificate)
+    return Client(address, api_key=key, tls=tls, timeout=timeout)
 
 
 def _toml_line(name: str, value: Any) -> str:
@@ -229,6 +285,8 @@ def _explain(error: CallError, address: str) -> None:
             err.print(f"{name} {description}", style="red", markup=False)
         return
     err.print(f"{error.message} ({error.code.name})", style="red", markup=False)
+    if error.code is grpc.StatusCode.UNAUTHENTICATED:
+        err.print("give it with --api-key or in CHORUS_API_KEY", style="red", markup=False)
 
 
 def _read(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""`chorus up`: a service for each card and a gateway, as processes of their own, started and stopped together."""
+"""`chorus up`: stores, services and a gateway, as processes of their own, started and stopped together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -16,6 +16,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 from rich.console import Console
 
+from client.embedded import Embedded, embedded
 from common.errors import StartupError
 from common.settings import Settings, environment
 
@@ -33,14 +34,17 @@ class Child:
     role: str
     address: str
     variables: Mapping[str, str]
+    embedded: Embedded | None = None
+    """A store, and no process of ours."""
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
     failed: bool = field(default=False)
 
     async def start(self) -> None:
         """Starts it, in a session of its own, so that Ctrl-C reaches us alone."""
+        ours = (sys.executable, "-m", "client.cli", self.role, "--exit-with-parent", str(os.getpid()))
         self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "client.cli", self.role, "--exit-with-parent", str(os.getpid())),
+            *(ours if self.embedded is None else self.embedded.command()),
             env={**os.environ, **self.variables},
             start_new_session=True,
         )
@@ -68,36 +72,55 @@ async def up(settings: Settings, cards: int, console: Console, then: Callable[[]
     Raises:
         StartupError: a process did not come up.
     """
-    services, gateway = plan(settings, cards)
-    children = [*services, gateway]
-    for child in children:
+    with embedded(settings) as stores:
+        await _run(plan(settings, cards, stores), console, then)
+
+
+async def _run(children: Children, console: Console, then: Callable[[], Awaitable[None]]) -> None:
+    for child in children.all:
         _check_free(child)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, _stop_or_kill, stop, children)
+        loop.add_signal_handler(number, _stop_or_kill, stop, children.all)
     try:
-        for child in children:
+        for child in children.all:
             await child.start()
-        await _until_stopped(_wait_until_ready(children), stop)
+        await _until_stopped(_wait_until_ready(children.all), stop)
         if not stop.is_set():
             await _until_stopped(then(), stop)
-        watchers = [asyncio.create_task(_keep_alive(child, stop, console)) for child in children]
+        watchers = [asyncio.create_task(_keep_alive(child, stop, console)) for child in children.all]
         await stop.wait()
         for watcher in watchers:
             watcher.cancel()
     finally:
-        # Callers first see the gateway finish their calls, and only then do the services go.
-        await gateway.stop()
-        await asyncio.gather(*(service.stop() for service in services))
+        # Callers first see the gateway finish their calls; only then do the services go, and what it wrote last.
+        await children.gateway.stop()
+        await asyncio.gather(*(service.stop() for service in children.services))
+        await asyncio.gather(*(store.stop() for store in children.stores))
 
 
-def plan(settings: Settings, cards: int) -> tuple[list[Child], Child]:
+@dataclass(frozen=True)
+class Children:
+    """All of them."""
+
+    stores: list[Child]
+    services: list[Child]
+    gateway: Child
+
+    @property
+    def all(self) -> list[Child]:
+        """In the order in which they start."""
+        return [*self.stores, *self.services, self.gateway]
+
+
+def plan(settings: Settings, cards: int, stores: Sequence[Embedded]) -> Children:
     """The processes for so many cards: services on consecutive ports, and the gateway in front of them."""
+    known = environment(settings) | {f"CHORUS_STORE_{store.name.upper()}": store.url for store in stores}
     services = []
     for card in range(cards):
         address = _shifted(settings.service.listen, card)
-        variables = environment(settings) | {
+        variables = known | {
             "CHORUS_SERVICE_LISTEN": address,
             "CHORUS_SERVICE_METRICS_LISTEN": _shifted(settings.service.metrics_listen, card),
         }
@@ -105,8 +128,8 @@ def plan(settings: Settings, cards: int) -> tuple[list[Child], Child]:
             variables |= {"CHORUS_TONE_CARD": str(card), "CUDA_VISIBLE_DEVICES": str(card)}
         services.append(Child("service", address, variables))
     backends = ",".join(service.address for service in services)
-    gateway = Child("gateway", settings.gateway.listen, environment(settings) | {"CHORUS_GATEWAY_BACKENDS": backends})
-    return services, gateway
+    gateway = Child("gateway", settings.gateway.listen, known | {"CHORUS_GATEWAY_BACKENDS": backends})
+    return Children([Child(store.name, f"unix:{store.socket}", {}, store) for store in stores], services, gateway)
 
 
 def _check_free(child: Child) -> None:
@@ -156,14 +179,34 @@ async def _until_stopped(work: Awaitable[None], stop: asyncio.Event) -> None:
 async def _wait_until_ready(children: list[Child]) -> None:
     deadline = time.monotonic() + READY_SECONDS
     for child in children:
+        if child.embedded is not None:
+            while not await asyncio.to_thread(_answers, child.embedded):
+                _check_in_time(child, children, deadline)
+                await asyncio.sleep(POLL_SECONDS)
+            continue
         async with grpc.aio.insecure_channel(
             child.address, options=[("grpc.max_reconnect_backoff_ms", 200)]
         ) as channel:
             while not await _is_serving(channel):
-                _check_alive(children)
-                if time.monotonic() > deadline:
-                    raise StartupError(f"the {child.role} on {child.address} did not come up in {READY_SECONDS:.0f} s")
+                _check_in_time(child, children, deadline)
                 await asyncio.sleep(POLL_SECONDS)
+
+
+def _check_in_time(child: Child, children: list[Child], deadline: float) -> None:
+    _check_alive(children)
+    if time.monotonic() > deadline:
+        raise StartupError(f"the {child.role} on {child.address} did not come up in {READY_SECONDS:.0f} s")
+
+
+def _answers(store: Embedded) -> bool:
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(1.0)
+            connection.connect(str(store.socket))
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")  # not while it still reads what it wrote down
+    except OSError:
+        return False
 
 
 async def _is_serving(channel: grpc.aio.Channel) -> bool:

@@ -401,11 +401,10 @@ def load_settings(assignments: Sequence[str] = ()) -> Settings:
 
 def environment(settings: Settings) -> dict[str, str]:
     """The settings as environment variables, for a process that is to have the same ones."""
-    values = json.loads(settings.model_dump_json(exclude={"secret"}))
+    values = json.loads(settings.model_dump_json(exclude={"secret": True, "store": {"ledger", "cache"}}))
     variables: dict[str, str] = {}
     for name, value in values.items():
         leaves = {f"{name}_{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {name: value}
         variables |= {f"CHORUS_{leaf.upper()}": str(v) for leaf, v in leaves.items() if v is not None}
-    if settings.secret is not None:
-        variables["CHORUS_SECRET"] = settings.secret.get_secret_value()
-    return variables
+    secrets = {"SECRET": settings.secret, "STORE_LEDGER": settings.store.ledger, "STORE_CACHE": settings.store.cache}
+    return variables | {f"CHORUS_{name}": value.get_secret_value() for name, value in secrets.items() if value}

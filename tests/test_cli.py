@@ -13,6 +13,7 @@ import time
 import wave
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import IO
 
 import pytest
@@ -21,6 +22,7 @@ from common.errors import StartupError
 from common.settings import load_settings
 from tests.stack import ROOT, free_port
 
+_states = TemporaryDirectory()
 ARTICLE = ROOT / "tests/data/article.txt"
 CHORUS = str(Path(sys.executable).with_name("chorus"))
 
@@ -36,7 +38,8 @@ def ports() -> dict[str, str]:
 
 def environment(extra: dict[str, str]) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CHORUS_")}
-    return clean | {"COLUMNS": "200"} | extra
+    # Each run has a place of its own for what it keeps.
+    return clean | {"COLUMNS": "200", "XDG_STATE_HOME": mkdtemp(prefix="chorus-test-", dir=_states.name)} | extra
 
 
 def chorus(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
