@@ -21,6 +21,7 @@ IDEOGRAPHS = [chr(code) for code in range(0x4E00, 0x9FA6)]
 RAW = tts_pb2.AudioFormat(container=tts_pb2.CONTAINER_RAW)
 
 Stub: TypeAlias = "tts_pb2_grpc.TextToSpeechServiceAsyncStub"
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 Pipe: TypeAlias = "Connection[Window, Tally]"
 
 
@@ -37,6 +38,12 @@ class Window:
     """In each text. No text is asked for twice."""
     audio_bytes: int
     """In each reply. Anything else is an error."""
+    keyed: bool = False
+    """Each call has an idempotency key."""
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of the next call."""
+        return (("idempotency-key", f"{random.getrandbits(128):x}"),) if self.keyed else ()
 
 
 @dataclass(slots=True)
@@ -116,7 +123,7 @@ async def _call_until(end: float, stub: Stub, window: Window, tally: Tally) -> N
     while (began := time.perf_counter()) < end:
         text = "".join(random.choices(IDEOGRAPHS, k=window.characters))
         try:
-            first_audio, audio_bytes = await ask(stub, text)
+            first_audio, audio_bytes = await ask(stub, text, window.metadata())
         except grpc.aio.AioRpcError:
             tally.errors += 1
             continue
@@ -127,17 +134,19 @@ async def _call_until(end: float, stub: Stub, window: Window, tally: Tally) -> N
         tally.totals.append(time.perf_counter() - began)
 
 
-async def _ask(stub: Stub, text: str) -> tuple[float, int]:
+async def _ask(stub: Stub, text: str, metadata: Metadata) -> tuple[float, int]:
     """When the first audio came, and how many bytes there were in all."""
-    reply = await stub.Synthesize(tts_pb2.SynthesizeRequest(text=text, format=RAW), timeout=TIMEOUT_SECONDS)
+    reply = await stub.Synthesize(
+        tts_pb2.SynthesizeRequest(text=text, format=RAW), timeout=TIMEOUT_SECONDS, metadata=metadata
+    )
     return time.perf_counter(), len(reply.audio)
 
 
-async def _ask_for_stream(stub: Stub, text: str) -> tuple[float, int]:
+async def _ask_for_stream(stub: Stub, text: str, metadata: Metadata) -> tuple[float, int]:
     """When the first audio came, and how many bytes there were in all."""
     first_audio, audio_bytes = 0.0, 0
     request = tts_pb2.StreamSynthesizeRequest(text=text, format=RAW)
-    async for message in stub.StreamSynthesize(request, timeout=TIMEOUT_SECONDS):
+    async for message in stub.StreamSynthesize(request, timeout=TIMEOUT_SECONDS, metadata=metadata):
         first_audio = first_audio or (time.perf_counter() if message.chunk.data else 0.0)
         audio_bytes += len(message.chunk.data)
     return first_audio, audio_bytes

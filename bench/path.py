@@ -257,6 +257,7 @@ def _settings(steps: int) -> Settings:
             f"gateway.listen={free_address()}",
             f"gateway.metrics_listen={free_address()}",
             f"gateway.backends={service}",
+            "limiter.requests_per_second=1000000",
             "log.level=info",
             "log.format=json",
         ]

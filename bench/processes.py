@@ -86,7 +86,7 @@ class Servers:
     def _start(self, name: str, address: str, command: Sequence[str], environ: dict[str, str]) -> Server:
         # A directory of its own: for what is left behind by who is killed, and so that no two share a card.
         temporary = self._stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
-        environ = environ | {"TMPDIR": temporary}
+        environ = environ | {"TMPDIR": temporary, "XDG_STATE_HOME": temporary}
         process = subprocess.Popen(
             command, cwd=ROOT, env=environ, stdout=self._output, stderr=self._output, start_new_session=True
         )

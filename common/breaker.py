@@ -24,6 +24,11 @@ class Breaker:
         """Only probes pass."""
         return self._next_probe is not None
 
+    @property
+    def due(self) -> bool:
+        """Whether one would pass now."""
+        return self._next_probe is None or self._clock() >= self._next_probe
+
     def allows(self) -> bool:
         """Whether one may pass now. Who asks and may must tell what came of it."""
         if self._next_probe is None:

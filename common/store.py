@@ -75,6 +75,11 @@ class Store:
         """As far as is known, it answers."""
         return self._client is not None and not self._breaker.open
 
+    @property
+    def worth_asking(self) -> bool:
+        """It may answer: False saves the asking."""
+        return self._client is not None and self._breaker.due
+
     async def command(self, *words: Word) -> Any:
         """Asks the server, and returns its reply; strings in it are bytes.
 

@@ -150,6 +150,11 @@ class SharedBuckets:
         self._ledger = ledger
         self._now = now
 
+    @property
+    def worth_asking(self) -> bool:
+        """The ledger may answer."""
+        return self._ledger.worth_asking
+
     async def take(self, scopes: Sequence[Scope], cost: int, want: int, promise: int) -> Granted | Short:
         """Takes from all or from none: `want` units where they are plenty, fewer where not, `cost` at least.
 

@@ -102,6 +102,12 @@ class Pool:
             return self._promise.refuse(cost, now)
         if len(self._queue) >= MAX_QUEUED:
             return Short(self.scopes[0], 1.0)
+        if not self._queue and not self.shared.worth_asking:
+            got = self._alone(cost)
+            if isinstance(got, _Promise):
+                self._promise = got
+                return got.refuse(cost, now)
+            return None
         answer: asyncio.Future[Short | None] = asyncio.get_running_loop().create_future()
         self._queue.append((cost, answer))
         if self._asking is None:
@@ -163,11 +169,15 @@ class Pool:
         try:
             got = await self.shared.take(self.scopes, cost, want, promise)
         except StoreUnavailable:
-            metrics.LIMITER_DEGRADED.inc()
-            local = self.local.take(self.scopes, cost)
-            return self._promised(local, math.inf, self.parts) if isinstance(local, Short) else local
+            return self._alone(cost)
         self._borrowed = True
         return self._promised(got, promise, 1) if isinstance(got, Short) else got
+
+    def _alone(self, cost: int) -> Granted | _Promise:
+        """From what this gateway may spend without the ledger."""
+        metrics.LIMITER_DEGRADED.inc()
+        local = self.local.take(self.scopes, cost)
+        return self._promised(local, math.inf, self.parts) if isinstance(local, Short) else local
 
     def _promised(self, short: Short, units: float, parts: int) -> _Promise:
         now, step = self.clock(), parts / (short.scope.bucket.rate * UNITS)

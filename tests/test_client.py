@@ -49,6 +49,8 @@ class Refusing(tts_pb2_grpc.TextToSpeechServiceServicer):
         self._fail(context)
         yield tts_pb2.StreamSynthesizeResponse(end=tts_pb2.StreamEnd())
 
+    NormalizeText = StreamSynthesizeText = None  # type: ignore[assignment]
+
 
 class Time:
     """A clock that a sleep moves."""

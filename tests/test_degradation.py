@@ -39,7 +39,7 @@ class World:
             text_request(f"hello {self._calls}"), metadata=(("idempotency-key", f"k{self._calls}"),), timeout=20
         )
         assert (await call).audio
-        return str(dict(await call.trailing_metadata())[TRAILER])  # type: ignore[arg-type]
+        return str(dict(await call.trailing_metadata())[TRAILER])
 
     async def until(self, outcome: str) -> None:
         """Calls until a call is answered so."""

@@ -52,7 +52,7 @@ def ask(env: dict[str, str], key: str) -> tuple[tts_pb2.SynthesizeResponse, str]
         stub = tts_pb2_grpc.TextToSpeechServiceStub(channel)
         request = tts_pb2.SynthesizeRequest(text="hello")
         reply, call = stub.Synthesize.with_call(request, metadata=(("idempotency-key", key),), timeout=30)
-        return reply, dict(call.trailing_metadata())["x-chorus-idempotency"]
+        return reply, str(dict(call.trailing_metadata())["x-chorus-idempotency"])
 
 
 @pytest.mark.timeout(180)
