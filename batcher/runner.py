@@ -79,6 +79,10 @@ class Speaking:
         """Says that no segments will be added."""
         self._runner.close(self._request)
 
+    def allow(self, deadline: float) -> None:
+        """Gives it more time. It may have been refused more of it by the time that the batcher had to begin."""
+        self._runner.allow(self._request, deadline)
+
     def fail(self, error: Exception) -> None:
         """Ends the events with RequestFailed, at once, on behalf of the one who adds segments."""
         self._outbox.fail(RequestFailed(error))
@@ -198,6 +202,12 @@ class Runner:
         with self._changed:
             self.scheduler.close(request)
         self._wake()
+
+    def allow(self, request: Request, deadline: float) -> None:
+        """Moves a request's deadline, later only."""
+        with self._changed:
+            if request.deadline is not None:
+                request.deadline = max(request.deadline, deadline)
 
     @property
     def dead(self) -> bool:

@@ -116,7 +116,11 @@ class Scheduler:
                 self._count_expired(request)
                 deliveries += self._fail(request, DeadlinePassedError("the deadline passed"))
             elif request.first_join is None:
-                deliveries += self._fail(request, self._hopeless(request, now))
+                last_chance = self._last_chance(request)
+                if last_chance is not None and last_chance > now:  # its deadline was extended
+                    self._expiry.add(request, last_chance)
+                else:
+                    deliveries += self._fail(request, self._hopeless(request, now))
             elif request.deadline is not None:
                 self._expiry.add(request, request.deadline)
         return deliveries

@@ -8,6 +8,7 @@
     ├── Unauthenticated       nobody knows who calls
     ├── ResourceExhausted     busy: try again after a delay
     ├── Aborted               it runs already, elsewhere
+    ├── FlightElsewhere       the same, between gateways and services
     ├── Unavailable           gone or going: try again
     ├── DeadlineExceeded      the deadline has passed, or cannot be met
     ├── Cancelled             the caller went away
@@ -37,6 +38,7 @@ from grpc_status import rpc_status
 DOMAIN = "chorus"
 PUSHBACK = "grpc-retry-pushback-ms"
 """Trailer that tells gRPC's own retries how long to wait."""
+FLIGHT_ELSEWHERE = "FLIGHT_ELSEWHERE"
 RETRY_AFTER = "retry-after"
 """The same for people and for what stands between, in whole seconds."""
 
@@ -182,6 +184,18 @@ class Aborted(ChorusError):
     code = grpc.StatusCode.ABORTED
 
 
+class FlightElsewhere(ChorusError):
+    """Another backend makes this speech already: for gateways, which then ask that one."""
+
+    code = grpc.StatusCode.ABORTED
+
+    def __init__(self, backend: str) -> None:
+        """`backend`: its address."""
+        super().__init__(
+            "another backend speaks this already", FLIGHT_ELSEWHERE, metadata={"backend": backend}, retry_after=0.0
+        )
+
+
 class ResourceExhausted(ChorusError):
     """Busy. Always with `retry_after` and `quota`."""
 
@@ -235,7 +249,7 @@ class Relayed(ChorusError):
             detail.Unpack(info)
             if detail.Unpack(retry):
                 retry_after = retry.retry_delay.ToMilliseconds() / 1000
-        super().__init__(status.message, info.reason, retry_after=retry_after)
+        super().__init__(status.message, info.reason, metadata=dict(info.metadata), retry_after=retry_after)
         self.code = code
         self._status = status
 

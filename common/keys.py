@@ -23,17 +23,27 @@ def revision_of(info: tts_pb2.GetServerInfoResponse) -> str:
     return f"{info.engine} {info.model_revision} {info.front_end_revision}"
 
 
-def speech_key(request: Spoken, revision: str) -> bytes:
-    """The speech key, 32 bytes. `revision`: as `revision_of` says it."""
+def speech_key(request: Spoken, revision: str, scope: str = "") -> bytes:
+    """The speech key, 32 bytes. `revision`: as `revision_of` says it. `scope`: a tenant who shares with nobody.
+
+    What means the same has the same key: a speed of 1 and none, for example.
+    """
     asked = tts_pb2.SynthesizeRequest(
         text=canonical_text(request.text),
         voice=request.voice or DEFAULT_VOICE,
         language=request.language.lower().replace("_", "-"),
-        controls=request.controls,
-        sampling=request.sampling,
         refine_text=request.refine_text,
     )
-    return hashlib.sha256(revision.encode() + b"\0" + asked.SerializeToString(deterministic=True)).digest()
+    if request.controls.ByteSize():
+        asked.controls.CopyFrom(request.controls)
+        if asked.controls.speed == 1.0:
+            asked.controls.ClearField("speed")
+        if not asked.controls.ByteSize():
+            asked.ClearField("controls")
+    if request.sampling.ByteSize():
+        asked.sampling.CopyFrom(request.sampling)
+    made_of = b"\0".join((scope.encode(), revision.encode(), asked.SerializeToString(deterministic=True)))
+    return hashlib.sha256(made_of).digest()
 
 
 def derived_seed(key: bytes) -> int:

@@ -62,6 +62,23 @@ LIMITER_DEGRADED = Counter(
     "chorus_limiter_degraded_total", "Decisions within local limits, since the ledger did not answer."
 )
 CLAIMS = Counter("chorus_claims_total", "What became of calls with idempotency keys.", ["outcome"])
+FLIGHTS_OPEN = Gauge("chorus_flights_open", "Speeches that can be joined.")
+FLIGHT_BYTES = Gauge("chorus_flights_bytes", "Audio held for those who join.")
+FLIGHT_FOLLOWERS = Histogram(
+    "chorus_flight_followers", "Callers of a speech at once.", buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500)
+)
+COALESCED = Counter("chorus_coalesced_total", "Calls that joined a speech which was being made.")
+CACHE_LOOKUPS = Counter("chorus_cache_lookups_total", "Where speeches were found: memory, store, miss.", ["found"])
+CACHE_BYTES = Gauge("chorus_cache_memory_bytes", "Speeches in memory.")
+CACHE_EVICTED = Gauge("chorus_cache_evicted", "Speeches that have left memory for want of room.")
+CACHE_DAMAGED = Counter("chorus_cache_damaged_total", "Values in the store that were not what they should be.")
+CACHE_PUTS_DROPPED = Counter("chorus_cache_puts_dropped_total", "Speeches of which the store was not told.")
+CACHE_STATUS = Counter(
+    "chorus_cache_status_total", "Calls for whole texts, by where their audio came from.", ["status"]
+)
+AUDIO_SECONDS_SAVED = Counter(
+    "chorus_audio_seconds_saved_total", "Seconds of audio that were delivered and did not have to be made."
+)
 HOLDS = Gauge("chorus_limiter_holds", "Estimates of audio that are charged and not settled.")
 MAX_TENANTS = 50
 """Tenants with metrics of their own; all others are one."""
@@ -81,6 +98,18 @@ def tenant_label(tenant: str) -> str:
 def limiter_counter(limit: str, outcome: str, tenant: str) -> Counter:
     """`LIMITER_DECISIONS` of a limit, an outcome and a tenant."""
     return LIMITER_DECISIONS.labels(limit, outcome, tenant_label(tenant))
+
+
+@lru_cache
+def cache_counter(found: str) -> Counter:
+    """`CACHE_LOOKUPS` of a place."""
+    return CACHE_LOOKUPS.labels(found)
+
+
+@lru_cache
+def cache_status(status: str) -> Counter:
+    """`CACHE_STATUS` of a status."""
+    return CACHE_STATUS.labels(status)
 
 
 @lru_cache

@@ -120,6 +120,8 @@ class ServiceSettings(Section):
     """The process that owns an engine."""
 
     listen: Address = "127.0.0.1:50061"
+    advertise: Address | None = None
+    """Where gateways reach this service, if it is not where it listens."""
     allow_direct: bool = False
     """Let callers from other machines go round the gateway. From this machine they may."""
     metrics_listen: HttpAddress = "127.0.0.1:9461"
@@ -148,6 +150,31 @@ class GatewaySettings(Section):
     """After SIGTERM: how long calls are still accepted while balancers notice."""
     grace_seconds: Seconds = 60.0
     """Then: how long running calls may take to finish."""
+
+
+class CacheSettings(Section):
+    """Speeches that were made, for those who ask again."""
+
+    enabled: bool = True
+    memory_bytes: Count = 256 * 1024 * 1024
+    """In each gateway."""
+    seconds: PositiveSeconds = 86_400.0
+    """How long a speech is kept that was asked for again, a tenth more or less."""
+    probation_seconds: PositiveSeconds = 86_400.0
+    """How long one is kept that was asked for once."""
+    inline_bytes: Count = 512 * 1024
+    """What is larger lies in the object store."""
+
+
+class FlightSettings(Section):
+    """Speeches that are being made, and heard by all who ask for the same."""
+
+    linger_seconds: Seconds = 2.0
+    """A speech goes on so long after its last caller has left, in case somebody comes."""
+    kept_seconds: Seconds = 2.0
+    """A speech that has ended can be heard so long from where it was made, until it is in every cache."""
+    bytes: Count = 256 * 1024 * 1024
+    """Of audio that may be held for those who come late; beyond it each caller gets a speech of its own."""
 
 
 class LimiterSettings(Section):
@@ -334,6 +361,8 @@ class Settings(BaseSettings):
     tls: TlsSettings = TlsSettings()
     service: ServiceSettings = ServiceSettings()
     gateway: GatewaySettings = GatewaySettings()
+    cache: CacheSettings = CacheSettings()
+    flights: FlightSettings = FlightSettings()
     limiter: LimiterSettings = LimiterSettings()
     store: StoreSettings = StoreSettings()
     batcher: BatcherSettings = BatcherSettings()

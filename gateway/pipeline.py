@@ -6,16 +6,24 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from common.calls import Context, current_call
+from common.calls import Call, Context, current_call
 from common.errors import DeadlineExceeded
-from common.metadata import INTERNAL_SECRET, INTERNAL_TENANT, PRIORITY, REQUEST_ID, Metadata, as_metadata
+from common.metadata import (
+    INTERNAL_DEADLINE,
+    INTERNAL_SECRET,
+    INTERNAL_TENANT,
+    PRIORITY,
+    REQUEST_ID,
+    Metadata,
+    as_metadata,
+)
 from common.settings import Settings
 from common.writing import with_servers_word
 from gateway.claims import Keyed
@@ -33,10 +41,13 @@ Reply = TypeVar("Reply", bound=Any)
 class Turn:
     """A call that has its turn: what its backends are told, and how long they have."""
 
+    call: Call
     admission: Admission
     deadline: float
     """On the monotonic clock, in seconds."""
     metadata: Metadata
+    asked: Metadata
+    """The caller's own."""
 
     @property
     def timeout(self) -> float:
@@ -49,6 +60,15 @@ class Turn:
         if left <= 0:
             raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED")
         return left
+
+    def shared(self, most_seconds: float) -> Turn:
+        """The same turn for a call that others may join, who may wait longer: they end it when nobody waits."""
+        patience = (INTERNAL_DEADLINE, str(round(self.timeout * 1000)))
+        return replace(self, deadline=time.monotonic() + most_seconds, metadata=(*self.metadata, patience))
+
+    def saying(self, *pairs: tuple[str, str]) -> Turn:
+        """The same turn, with more metadata."""
+        return replace(self, metadata=(*self.metadata, *pairs))
 
 
 class Pipeline:
@@ -69,7 +89,8 @@ class Pipeline:
         deadline = self._deadline(context)
         keyed = self._keyed(request, context, deadline)
         async with self._limiter.admitted(call.tenant, call.priority) as admission:
-            turn = Turn(admission, deadline, self._metadata())
+            asked = as_metadata(context.invocation_metadata())
+            turn = Turn(call, admission, deadline, self._metadata(), asked)
             return await self._idempotency.unary(keyed, kind, lambda: make(turn))
 
     async def stream(
@@ -85,7 +106,8 @@ class Pipeline:
         deadline = self._deadline(context)
         keyed = None if request is None else self._keyed(request, context, deadline)
         async with self._limiter.admitted(call.tenant, call.priority) as admission:
-            turn = Turn(admission, deadline, self._metadata())
+            asked = as_metadata(context.invocation_metadata())
+            turn = Turn(call, admission, deadline, self._metadata(), asked)
             async with aclosing(self._idempotency.stream(keyed, kind, lambda: make(turn))) as replies:
                 async for reply in replies:
                     yield reply
@@ -117,12 +139,16 @@ class Pipeline:
     def _metadata(self) -> Metadata:
         """What a backend is told of the caller. Nothing of the caller's own metadata passes."""
         call = current_call()
-        told: Metadata = ((REQUEST_ID, call.request_id), (INTERNAL_TENANT, call.tenant))
-        if call.priority != "interactive":
-            told += ((PRIORITY, call.priority),)
-        if self._settings.secret is not None:
-            told += ((INTERNAL_SECRET, self._settings.secret.get_secret_value()),)
-        return told
+        told = ((REQUEST_ID, call.request_id), *internal_metadata(self._settings, call.tenant))
+        return told if call.priority == "interactive" else (*told, (PRIORITY, call.priority))
+
+
+def internal_metadata(settings: Settings, tenant: str) -> Metadata:
+    """What gateways say to backends of a tenant, and to prove that they are gateways."""
+    told: Metadata = ((INTERNAL_TENANT, tenant),)
+    if settings.secret is not None:
+        told += ((INTERNAL_SECRET, settings.secret.get_secret_value()),)
+    return told
 
 
 async def forward(method: Method, request: Any, turn: Turn) -> Any:

@@ -39,7 +39,7 @@ class Revision:
     async def follow(self) -> None:
         """Asks now and then, until cancelled."""
         while True:
-            await self._learn()
+            await self.learn()
             self._doubted.clear()
             try:
                 async with asyncio.timeout(POLL_SECONDS):
@@ -47,7 +47,8 @@ class Revision:
             except TimeoutError:
                 continue
 
-    async def _learn(self) -> None:
+    async def learn(self) -> None:
+        """Asks now."""
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 info = await self._ask()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
+import grpc.aio
 from pydantic import SecretStr
 
 from audio.background import CORES
@@ -19,9 +20,12 @@ from common.server import Server, run
 from common.settings import Settings, is_loopback
 from common.store import Store
 from gateway.backends import open_channel, watch
+from gateway.cache import Cache
+from gateway.flights import Flights
 from gateway.idempotency import Idempotency
 from gateway.limiter import Limiter
-from gateway.pipeline import Pipeline
+from gateway.pipeline import Pipeline, internal_metadata
+from gateway.revision import Revision
 from gateway.servicer import JobServicer, Servicer
 from gateway.speech import Speech
 from gateway.tenants import Tenants
@@ -48,30 +52,52 @@ async def serve(settings: Settings) -> None:
     server = Server(settings, names, tenants.identify, reflection=settings.gateway.reflection)
     encoders = Budget(settings.limits.encoder_load, CORES)
     watch_encoders(encoders)
-    async with open_ledger(settings) as ledger, open_channel(settings.gateway.backends, settings) as channel:
+    async with (
+        open_stores(settings) as (ledger, cache_store),
+        open_channel(settings.gateway.backends, settings) as channel,
+    ):
+        objects = Objects(settings.store.objects_url)
         limiter = Limiter(ledger, settings.limiter, tenants.get)
-        idempotency = Idempotency(ledger, Objects(settings.store.objects_url))
+        idempotency = Idempotency(ledger, objects)
         pipeline = Pipeline(settings, tenants, limiter, idempotency)
-        _register(Servicer(pipeline, Speech(channel), Transcoder(encoders, settings.limits), channel), server)
+        cache, flights = Cache(cache_store, objects, settings.cache), Flights(settings, channel)
+        revision = _revision(settings, channel)
+        speech = Speech(channel, flights, cache, revision, tenants, settings.cache)
+        _register(Servicer(pipeline, speech, Transcoder(encoders, settings.limits), channel), server)
         await server.start(settings.gateway.listen)
 
         async def follow(ready: bool) -> None:
             BACKENDS_READY.set(ready)
             logger().info("backend ready" if ready else "no backend ready", backends=settings.gateway.backends)
+            if ready:
+                await revision.learn()  # so that already the first speech has its key
             await server.set_serving(ready)
 
-        async with _running(watch(channel, follow), tenants.follow(), limiter.run(), idempotency.run()):
+        loops = (tenants.follow(), limiter.run(), idempotency.run(), cache.run(), revision.follow())
+        async with _running(watch(channel, follow), *loops):
             await server.wait_for_drain(settings.gateway.drain_seconds, settings.gateway.grace_seconds)
+        await cache.settle()
+        await flights.close()
 
 
 @asynccontextmanager
-async def open_ledger(settings: Settings) -> AsyncIterator[Store]:
-    """The ledger, closed in the end."""
-    ledger = Store("ledger", _plain(settings.store.ledger), settings.store)
+async def open_stores(settings: Settings) -> AsyncIterator[tuple[Store, Store]]:
+    """The ledger and the cache's store, closed in the end."""
+    store = settings.store
+    ledger = Store("ledger", _plain(store.ledger), store)
+    cache = Store("cache", _plain(store.cache or store.ledger), store)
     try:
-        yield ledger
+        yield ledger, cache
     finally:
         await ledger.close()
+        await cache.close()
+
+
+def _revision(settings: Settings, channel: grpc.aio.Channel) -> Revision:
+    """What the backends announce."""
+    info: tts_pb2_grpc.ServerInfoServiceAsyncStub = tts_pb2_grpc.ServerInfoServiceStub(channel)
+    metadata = internal_metadata(settings, "gateway")
+    return Revision(lambda: info.GetServerInfo(tts_pb2.GetServerInfoRequest(), metadata=metadata))
 
 
 @asynccontextmanager

@@ -1,55 +1,122 @@
-"""Plain speech for the calls of a gateway: charged, spoken by a backend, and settled by what was spoken."""
+"""Plain speech for the calls of a gateway: from the cache, with others who ask for the same, or from a backend.
+
+What is made is charged before and settled after, by what was made; what is found or shared costs nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 
 from audio.frames import SAMPLE_BYTES
-from common.errors import ChorusError
+from common import metrics
+from common.errors import ChorusError, NotFound
+from common.keys import DEFAULT_VOICE, canonical_text, speech_key
+from common.metadata import CACHE_CONTROL, ONLY_CACHED, text_value
+from common.settings import CacheSettings
+from common.spans import restorer
+from common.speech import SpeechMessage, as_field
+from gateway.cache import Cache, Tags
 from gateway.estimate import Estimator, Spoken
+from gateway.flights import Flights, Wanted
 from gateway.limiter import Admission
+from gateway.masters import Master
 from gateway.pipeline import Turn, forward, forward_stream
+from gateway.revision import Revision
+from gateway.tenants import Tenants
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 
 Written = tts_pb2.StreamSynthesizeTextRequest
 StreamReply: TypeAlias = "tts_pb2.StreamSynthesizeResponse | tts_pb2.StreamSynthesizeTextResponse"
+Request = TypeVar("Request", tts_pb2.SynthesizeRequest, tts_pb2.StreamSynthesizeRequest)
+
+CACHE_TRAILER = "x-chorus-cache"
+TIMING_TRAILER = "server-timing"
+"""Why a call was fast or slow, in the form of the W3C's Server Timing."""
 
 OUR_FAILURES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED})
 """Nobody pays for what ends so."""
 
 
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What a caller says of the cache."""
+
+    look: bool
+    """Answer from it."""
+    keep: bool
+    """Put the answer into it, and share it while it is made."""
+    only: bool
+    """Answer from it or not at all."""
+
+
 class Speech:
     """All speech of a gateway, in RAW PCM_S16LE at the engine's rate."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        flights: Flights,
+        cache: Cache,
+        revision: Revision,
+        tenants: Tenants,
+        settings: CacheSettings,
+    ) -> None:
+        self._flights = flights
+        self._cache = cache
+        self._revision = revision
+        self._tenants = tenants
+        self._enabled = settings.enabled
         self._estimator = Estimator()
         self._backend: tts_pb2_grpc.TextToSpeechServiceAsyncStub = tts_pb2_grpc.TextToSpeechServiceStub(channel)
 
     async def whole(self, request: tts_pb2.SynthesizeRequest, turn: Turn) -> tts_pb2.SynthesizeResponse:
-        """A text as one piece."""
-        await turn.admission.hold(self._estimator.seconds(request))
-        with _settled(turn.admission) as meter:
-            reply: tts_pb2.SynthesizeResponse = await forward(self._backend.Synthesize, request, turn)
-            meter.hear_whole(reply)
-        self._learn(request, meter)
+        """A text as one piece. The reply is the caller's own."""
+        control = self._control(turn)
+        wanted, tags = self._wanted(request, turn, control)
+        restore = restorer(request.text)
+        if (master := await self._found(wanted, tags, control, turn)) is not None:
+            reply = master.whole(turn.call.request_id)
+        elif wanted is None:
+            reply = await self._alone(request, turn)
+        else:
+            reply = await self._together(wanted, _canonical(request), turn)
+        if restore is not None:
+            for mark in reply.marks:
+                restore(mark)
+        _tell(turn, reply.start.cache_status, reply.end)
         return reply
 
     async def stream(
         self, request: tts_pb2.StreamSynthesizeRequest, turn: Turn
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeResponse, None]:
-        """A text as it is spoken."""
-        await turn.admission.hold(self._estimator.seconds(request))
-        with _settled(turn.admission) as meter:
-            async with aclosing(forward_stream(self._backend.StreamSynthesize, request, turn)) as replies:
-                async for reply in replies:
-                    meter.hear(reply)
-                    yield reply
-        self._learn(request, meter)
+        """A text as it is spoken. The replies are the caller's own."""
+        control = self._control(turn)
+        wanted, tags = self._wanted(request, turn, control)
+        restore = restorer(request.text)
+        if (master := await self._found(wanted, tags, control, turn)) is not None:
+            messages = _replayed(master, turn)
+        elif wanted is None:
+            messages = self._stream_alone(request, turn)
+        else:
+            messages = self._stream_together(wanted, _canonical(request), turn)
+        status = tts_pb2.CACHE_STATUS_UNSPECIFIED
+        async with aclosing(messages):
+            async for message in messages:
+                if isinstance(message, tts_pb2.StreamStart):
+                    status = message.cache_status
+                elif restore is not None and isinstance(message, tts_pb2.SegmentMark):
+                    restore(message)
+                elif isinstance(message, tts_pb2.StreamEnd):
+                    _tell(turn, status, message)
+                yield tts_pb2.StreamSynthesizeResponse(**as_field(message))
 
     async def dialogue(
         self, requests: AsyncIterator[Written], turn: Turn
@@ -69,11 +136,109 @@ class Speech:
                 yield request
 
         with _settled(turn.admission) as meter:
-            replies = forward_stream(self._backend.StreamSynthesizeText, charged(), turn)
-            async with aclosing(replies):
+            async with aclosing(forward_stream(self._backend.StreamSynthesizeText, charged(), turn)) as replies:
                 async for reply in replies:
-                    meter.hear(reply)
+                    meter.hear(getattr(reply, reply.WhichOneof("message")))
                     yield reply
+
+    # -- where it comes from ------------------------------------------------------------------------------------------
+
+    async def _found(self, wanted: Wanted | None, tags: Tags, control: Control, turn: Turn) -> Master | None:
+        """The speech from the cache, if it is there and may be heard.
+
+        Raises:
+            NotFound: it is not there, and the caller wants nothing else.
+        """
+        if wanted is not None and control.look:
+            master = await self._cache.get(wanted.key, tags)
+            if master is not None:
+                metrics.AUDIO_SECONDS_SAVED.inc(master.seconds)
+                return master
+        if control.only:
+            raise NotFound("this speech is not in the cache", "NOT_CACHED")
+        return None
+
+    async def _together(
+        self, wanted: Wanted, request: tts_pb2.SynthesizeRequest, turn: Turn
+    ) -> tts_pb2.SynthesizeResponse:
+        """Made for this caller and all who ask for the same meanwhile."""
+        if not self._flights.running(wanted.key):
+            await turn.admission.hold(self._estimator.seconds(request))
+        with _settled(turn.admission) as meter:
+            shared, joined = await self._flights.whole(wanted, request, turn)
+            reply = tts_pb2.SynthesizeResponse()
+            reply.CopyFrom(shared)
+            if joined:
+                reply.start.cache_status = tts_pb2.CACHE_STATUS_COALESCED
+            reply.start.request_id = turn.call.request_id
+            meter.hear_whole(reply)
+        self._learn(request, meter)
+        return reply
+
+    async def _stream_together(
+        self, wanted: Wanted, request: tts_pb2.StreamSynthesizeRequest, turn: Turn
+    ) -> AsyncGenerator[SpeechMessage, None]:
+        if not self._flights.running(wanted.key):
+            await turn.admission.hold(self._estimator.seconds(request))
+        with _settled(turn.admission) as meter:
+            async with aclosing(self._flights.stream(wanted, request, turn)) as messages:
+                async for shared, joined in messages:
+                    message: Any = type(shared)()
+                    message.CopyFrom(shared)
+                    if isinstance(message, tts_pb2.StreamStart):
+                        message.request_id = turn.call.request_id
+                        if joined:
+                            message.cache_status = tts_pb2.CACHE_STATUS_COALESCED
+                    meter.hear(message)
+                    yield message
+        self._learn(request, meter)
+
+    async def _alone(self, request: tts_pb2.SynthesizeRequest, turn: Turn) -> tts_pb2.SynthesizeResponse:
+        await turn.admission.hold(self._estimator.seconds(request))
+        with _settled(turn.admission) as meter:
+            reply: tts_pb2.SynthesizeResponse = await forward(self._backend.Synthesize, request, turn)
+            meter.hear_whole(reply)
+        self._learn(request, meter)
+        return reply
+
+    async def _stream_alone(
+        self, request: tts_pb2.StreamSynthesizeRequest, turn: Turn
+    ) -> AsyncGenerator[SpeechMessage, None]:
+        await turn.admission.hold(self._estimator.seconds(request))
+        with _settled(turn.admission) as meter:
+            async with aclosing(forward_stream(self._backend.StreamSynthesize, request, turn)) as replies:
+                async for reply in replies:
+                    message = getattr(reply, reply.WhichOneof("message"))
+                    meter.hear(message)
+                    yield message
+        self._learn(request, meter)
+
+    # -- how it is asked for ------------------------------------------------------------------------------------------
+
+    def _control(self, turn: Turn) -> Control:
+        words = (text_value(turn.asked, CACHE_CONTROL) or "").lower()
+        said = {word.strip() for word in words.split(",")}
+        keep = self._enabled and "no-store" not in said
+        look = keep and "no-cache" not in said
+        only = text_value(turn.asked, ONLY_CACHED) not in (None, "", "0", "false") or "only-if-cached" in said
+        return Control(look, keep, only)
+
+    def _wanted(self, request: Spoken, turn: Turn, control: Control) -> tuple[Wanted | None, Tags]:
+        """What is asked for, None: nothing that could be found or shared; and by what it is purged."""
+        revision = self._revision.current
+        tags = Tags(request.voice or DEFAULT_VOICE, revision or "")
+        if revision is None or not control.keep:
+            return None, tags
+        tenant = self._tenants.get(turn.call.tenant)
+        key = speech_key(request, revision, tenant.name if tenant.cache_scope == "tenant" else "")
+        return Wanted(key, revision, partial(self._landed, key, tags)), tags
+
+    def _landed(self, key: bytes, tags: Tags, master: Master) -> None:
+        """A speech is whole. One of another revision than its key's is not kept."""
+        if master.made_as == tts_pb2.CACHE_STATUS_BYPASS:
+            self._revision.doubt()
+        else:
+            self._cache.put(key, tags, master)
 
     def _learn(self, request: Spoken, meter: _Meter) -> None:
         if meter.complete:
@@ -81,10 +246,11 @@ class Speech:
 
 
 class _Meter:
-    """Hears how much was spoken."""
+    """Hears how much was spoken, and whether for this caller."""
 
     def __init__(self) -> None:
         self.complete = False
+        self._shared = False
         self._rate = 0
         self._samples = 0
 
@@ -92,31 +258,71 @@ class _Meter:
     def seconds(self) -> float:
         return self._samples / self._rate if self._rate else 0.0
 
-    def hear(self, reply: Any) -> None:
-        match reply.WhichOneof("message"):
-            case "start":
-                self._rate = reply.start.format.sample_rate_hertz
-            case "chunk":
-                self._samples = reply.chunk.start_sample + len(reply.chunk.data) // SAMPLE_BYTES
-            case "end":
-                self.complete = reply.end.finish_reason == tts_pb2.FINISH_REASON_COMPLETE
+    @property
+    def charged(self) -> float:
+        """Seconds that this caller pays for."""
+        return 0.0 if self._shared else self.seconds
+
+    def hear(self, message: SpeechMessage) -> None:
+        match message:
+            case tts_pb2.StreamStart():
+                self._start(message)
+            case tts_pb2.AudioChunk():
+                self._samples = message.start_sample + len(message.data) // SAMPLE_BYTES
+            case tts_pb2.StreamEnd():
+                self.complete = message.finish_reason == tts_pb2.FINISH_REASON_COMPLETE
 
     def hear_whole(self, reply: tts_pb2.SynthesizeResponse) -> None:
-        self._rate = reply.start.format.sample_rate_hertz
+        self._start(reply.start)
         self._samples = reply.end.sample_count
         self.complete = reply.end.finish_reason == tts_pb2.FINISH_REASON_COMPLETE
+        if self._shared:
+            metrics.AUDIO_SECONDS_SAVED.inc(self.seconds)
+
+    def _start(self, start: tts_pb2.StreamStart) -> None:
+        self._rate = start.format.sample_rate_hertz
+        self._shared = start.cache_status == tts_pb2.CACHE_STATUS_COALESCED
 
 
 @contextmanager
-def _settled(admission: Admission) -> Any:
-    """Charges in the end what was heard; nothing where the failure is ours."""
+def _settled(admission: Admission) -> Iterator[_Meter]:
+    """Charges in the end what was made; nothing where the failure is ours."""
     meter = _Meter()
     try:
         yield meter
     except ChorusError as error:
-        admission.settle(0.0 if error.code in OUR_FAILURES else meter.seconds)
+        admission.settle(0.0 if error.code in OUR_FAILURES else meter.charged)
         raise
     except BaseException:
-        admission.settle(meter.seconds)
+        admission.settle(meter.charged)
         raise
-    admission.settle(meter.seconds)
+    admission.settle(meter.charged)
+
+
+async def _replayed(master: Master, turn: Turn) -> AsyncGenerator[SpeechMessage, None]:
+    for message in master.messages(turn.call.request_id):
+        yield message
+
+
+def _canonical(request: Request) -> Request:
+    """The request with its key's own text: whoever shares it asks for the same."""
+    text = canonical_text(request.text)
+    if text == request.text:
+        return request
+    canonical = type(request)()
+    canonical.CopyFrom(request)
+    canonical.text = text
+    return canonical
+
+
+def _tell(turn: Turn, status: Any, end: tts_pb2.StreamEnd) -> None:
+    """Says where the audio came from, and what took how long."""
+    name = tts_pb2.CacheStatus.Name(status).removeprefix("CACHE_STATUS_")
+    metrics.cache_status(name).inc()
+    turn.call.facts["cache"] = name
+    turn.call.trail(CACHE_TRAILER, name)
+    parts = [f"cache;desc={name}"]
+    if end.HasField("timings"):
+        parts += [f"queue;dur={end.timings.queue_ms:.1f}", f"backend;dur={end.timings.total_ms:.1f}"]
+    took = (time.monotonic() - turn.call.arrived) * 1000
+    turn.call.trail(TIMING_TRAILER, ", ".join([*parts, f"total;dur={took:.1f}"]))

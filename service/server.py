@@ -20,10 +20,13 @@ from common.metadata import Metadata
 from common.metrics import ENGINE_ERRORS, BatcherObserver, serve_metrics, watch_batcher, watch_encoders
 from common.server import Server, run
 from common.settings import BatcherSettings, Settings
+from common.store import Store
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 from service import text
+from service.directory import Directory
 from service.engines import load_engine
 from service.engines.base import SpeechEngine
+from service.flights import Flights
 from service.servicer import Servicer
 from service.trust import check_listen, tenant_of
 from service.voices import DEFAULT_VOICE
@@ -62,7 +65,9 @@ async def serve(settings: Settings) -> None:
     watch_batcher(runner)
     encoders = Budget(settings.limits.encoder_load, CORES)
     watch_encoders(encoders)
-    _register(Servicer(settings, engine, runner, encoders), server)
+    store = Store("cache", _cache_url(settings), settings.store)
+    directory = Directory(store, settings.service.advertise or settings.service.listen, settings.flights.kept_seconds)
+    _register(Servicer(settings, engine, runner, encoders, Flights(settings.flights, directory)), server)
     await server.start(settings.service.listen)
     runner.start()
     await _warm_up(runner, engine)
@@ -72,6 +77,7 @@ async def serve(settings: Settings) -> None:
     await rarely_needed
     died = runner.dead
     await runner.stop()
+    await store.close()
     if died:
         raise StartupError("the engine's thread died; the log says why")
 
@@ -97,6 +103,11 @@ def _register(servicer: Servicer, server: Server) -> None:
     tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(servicer, server.grpc)
     tts_pb2_grpc.add_VoiceServiceServicer_to_server(servicer, server.grpc)
     tts_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicer, server.grpc)
+
+
+def _cache_url(settings: Settings) -> str | None:
+    url = settings.store.cache or settings.store.ledger
+    return None if url is None else url.get_secret_value()
 
 
 def _identify(settings: Settings, metadata: Metadata, peer: str) -> str:

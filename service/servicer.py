@@ -15,25 +15,38 @@ from batcher.runner import Runner
 from common.calls import Context, current_call
 from common.encoding import Messages, bounded, collected, encoded, max_reply_seconds, reserve
 from common.errors import DeadlineExceeded, InvalidArgument, NotFound, Violation, quoted
-from common.metadata import ORCA_LOAD, REQUEST_ID
+from common.metadata import (
+    INTERNAL_DEADLINE,
+    INTERNAL_REVISION,
+    INTERNAL_RUN_HERE,
+    INTERNAL_SPEECH_KEY,
+    ORCA_LOAD,
+    REQUEST_ID,
+    Metadata,
+    as_metadata,
+    text_value,
+)
 from common.settings import Settings
 from common.speech import as_field, wire_format
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 from service.engines.base import SpeechEngine
+from service.flights import Deadline, Flights
 from service.load import LoadReporter
 from service.script import Script, WholeText, WrittenText, read_config
 from service.speaking import Terms, rejected_characters, speak
 from service.speech import (
     Manner,
     estimate_steps,
+    front_end_revision,
     language_faults,
     match_language,
     parse,
     parse_config,
+    revision,
     text_faults,
     voice_faults,
 )
-from service.text import FRONT_END_REVISION, split
+from service.text import split
 from service.voices import VOICES
 
 ESTIMATE_MARGIN = 1.25
@@ -49,8 +62,12 @@ class Servicer(
 ):
     """TextToSpeechService, VoiceService and ServerInfoService on one engine."""
 
-    def __init__(self, settings: Settings, engine: SpeechEngine, runner: Runner, encoders: Budget) -> None:
+    def __init__(
+        self, settings: Settings, engine: SpeechEngine, runner: Runner, encoders: Budget, flights: Flights
+    ) -> None:
         self._settings = settings
+        self._flights = flights
+        self._revision = revision(engine)
         self._engine = engine
         self._runner = runner
         self._encoders = encoders
@@ -61,9 +78,10 @@ class Servicer(
         manner = parse(request, self._engine, self._settings.limits)
         steps = estimate_steps(request.text, manner, self._engine)
         self._check_fits_reply(steps)
-        terms = Terms(self._settings.batcher.unary_rows, self._deadline(context), stream=False, expected_steps=steps)
-        plain = bounded(self._speak_whole(request.text, manner, terms, context), self._settings.limits)
-        return await collected(self._encoded(plain, manner), self._settings.limits)
+        rows = self._settings.batcher.unary_rows
+        plain = self._flown(request.text, manner, context, Terms(rows, stream=False, expected_steps=steps))
+        bounded_plain = bounded(plain, self._settings.limits)
+        return await collected(self._encoded(bounded_plain, manner, context), self._settings.limits)
 
     async def StreamSynthesize(
         self, request: tts_pb2.StreamSynthesizeRequest, context: Context
@@ -71,9 +89,9 @@ class Servicer(
         """Sends the speech as it is made."""
         manner = parse(request, self._engine, self._settings.limits)
         steps = estimate_steps(request.text, manner, self._engine)
-        terms = Terms(self._settings.batcher.stream_rows, self._deadline(context), stream=True, expected_steps=steps)
-        plain = self._speak_whole(request.text, manner, terms, context)
-        async with aclosing(self._encoded(plain, manner)) as messages:
+        rows = self._settings.batcher.stream_rows
+        plain = self._flown(request.text, manner, context, Terms(rows, stream=True, expected_steps=steps))
+        async with aclosing(self._encoded(plain, manner, context)) as messages:
             async for message in messages:
                 yield tts_pb2.StreamSynthesizeResponse(**as_field(message))
 
@@ -85,10 +103,10 @@ class Servicer(
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 manner = parse_config(await read_config(request), self._engine)
-                terms = Terms(self._settings.batcher.stream_rows, deadline, stream=True)
+                terms = Terms(self._settings.batcher.stream_rows, stream=True)
                 script = WrittenText(request, manner.language, self._settings.limits)
-                plain = self._speak(manner, script, terms, context)
-                async with aclosing(script), aclosing(self._encoded(plain, manner)) as messages:
+                plain = self._speak(manner, script, terms, Deadline(deadline, deadline))
+                async with aclosing(script), aclosing(self._encoded(plain, manner, context)) as messages:
                     async for message in messages:
                         yield tts_pb2.StreamSynthesizeTextResponse(**as_field(message))
         except TimeoutError:
@@ -150,7 +168,7 @@ class Servicer(
             version=version("chorus-tts"),
             engine=engine.name,
             model_revision=engine.model_revision,
-            front_end_revision=FRONT_END_REVISION,
+            front_end_revision=front_end_revision(engine),
             sample_rate_hertz=rate,
             limits=tts_pb2.Limits(
                 max_text_characters=limits.text_characters,
@@ -162,27 +180,54 @@ class Servicer(
             formats=[wire_format(resolve(container, codec, 0, rate)) for container, codec in SERVED],
         )
 
-    async def _encoded(self, plain: Messages, manner: Manner) -> Messages:
+    async def _encoded(self, plain: Messages, manner: Manner, context: Context) -> Messages:
         """A speech in its caller's format. It does not begin before there is room to encode it."""
+        call = current_call()
+        self._load.count_call()
         with BackgroundEncoder(self._encoders) as encoder:
             reserve(encoder, manner.format, self._engine.caps.sample_rate_hertz)
             async with aclosing(encoded(plain, lambda rate: manner.format, encoder)) as messages:
                 async for message in messages:
+                    if isinstance(message, tts_pb2.StreamEnd):
+                        context.set_trailing_metadata(((REQUEST_ID, call.request_id), (ORCA_LOAD, self._load.report())))
                     yield message
 
-    async def _speak_whole(self, text: str, manner: Manner, terms: Terms, context: Context) -> Messages:
-        current_call().facts["characters"] = len(text)
-        async with aclosing(self._speak(manner, WholeText(text, manner.language), terms, context)) as messages:
-            async for message in messages:
-                yield message
+    async def _flown(self, text: str, manner: Manner, context: Context, terms: Terms) -> Messages:
+        """A whole text, spoken for this caller, or heard with others who ask for the same speech."""
+        call, deadline = current_call(), self._deadline(context)
+        call.facts["characters"] = len(text)
+        metadata = as_metadata(context.invocation_metadata())
+        key = text_value(metadata, INTERNAL_SPEECH_KEY)
+        admission = _admission_deadline(metadata, deadline)
 
-    async def _speak(self, manner: Manner, script: Script, terms: Terms, context: Context) -> Messages:
+        def start(deadline: Deadline) -> Messages:
+            return self._speak(manner, WholeText(text, manner.language), terms, deadline)
+
+        if key is None or text_value(metadata, INTERNAL_REVISION) != self._revision or self._flights.full:
+            async with aclosing(start(Deadline(admission, deadline))) as alone:
+                async for message in alone:
+                    yield message
+            return
+        here = text_value(metadata, INTERNAL_RUN_HERE) is not None
+        try:
+            async with (
+                asyncio.timeout(deadline - time.monotonic()),
+                aclosing(self._flights.follow(key, Deadline(admission, deadline), start, here=here)) as flown,
+            ):
+                async for message, joined in flown:
+                    if isinstance(message, tts_pb2.StreamStart):
+                        message.request_id = call.request_id
+                        message.cache_status = tts_pb2.CACHE_STATUS_COALESCED if joined else tts_pb2.CACHE_STATUS_MISS
+                        if joined:
+                            call.facts["coalesced"] = True
+                    yield message
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED") from None
+
+    async def _speak(self, manner: Manner, script: Script, terms: Terms, deadline: Deadline) -> Messages:
         call = current_call()
-        self._load.count_call()
-        async with aclosing(speak(self._runner, self._engine, manner, script, call, terms)) as messages:
+        async with aclosing(speak(self._runner, self._engine, manner, script, call, terms, deadline)) as messages:
             async for message in messages:
-                if isinstance(message, tts_pb2.StreamEnd):
-                    context.set_trailing_metadata(((REQUEST_ID, call.request_id), (ORCA_LOAD, self._load.report())))
                 yield message
 
     def _deadline(self, context: Context) -> float:
@@ -203,3 +248,9 @@ class Servicer(
 
     def _voice(self, name: str) -> tts_pb2.Voice:
         return tts_pb2.Voice(name=name, description=VOICES.get(name, ""), languages=self._engine.languages)
+
+
+def _admission_deadline(metadata: Metadata, deadline: float) -> float:
+    """Until when the one waits for whom a gateway asks; others may wait longer."""
+    patience = text_value(metadata, INTERNAL_DEADLINE) or ""
+    return min(deadline, time.monotonic() + int(patience) / 1000) if patience.isdecimal() else deadline

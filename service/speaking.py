@@ -37,6 +37,7 @@ from common.errors import (
 from common.speech import SpeechMessage, wire_format
 from protos.chorus.v1 import tts_pb2
 from service.engines.base import SpeechEngine
+from service.flights import Deadline
 from service.script import BargeIn, Script
 from service.speech import Manner
 from service.text import TextSegment
@@ -55,17 +56,22 @@ FINISH_REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a call allows its speech. `deadline`: on the runner's clock, in seconds."""
+    """What a call allows its speech."""
 
     max_rows: int
-    deadline: float
     stream: bool
     """It is listened to while it is spoken."""
     expected_steps: int = 0
 
 
 async def speak(
-    runner: Runner, engine: SpeechEngine, manner: Manner, script: Script, call: Call, terms: Terms
+    runner: Runner,
+    engine: SpeechEngine,
+    manner: Manner,
+    script: Script,
+    call: Call,
+    terms: Terms,
+    deadline: Deadline,
 ) -> AsyncGenerator[SpeechMessage, None]:
     """Speaks in RAW PCM_S16LE: one start, then chunks and marks in order, then one end. Closing it cancels.
 
@@ -81,7 +87,7 @@ async def speak(
             runner.speak(
                 rows,
                 max_rows=terms.max_rows,
-                deadline=terms.deadline,
+                deadline=deadline.admission,
                 tenant=call.tenant,
                 priority=Priority(call.priority),
                 stream=terms.stream,
@@ -90,6 +96,8 @@ async def speak(
             ) as speaking,
             _fed(speaking, script, teller),
         ):
+            deadline.told = speaking.allow
+            speaking.allow(deadline.at)
             async for message in _messages(speaking, teller):
                 yield message
     except BargeIn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from typing import Any
 from audio.formats import Format
 from batcher.engine import Controls, Sampling, Segment
 from common.errors import InvalidArgument, Violation
+from common.keys import derived_seed, speech_key
 from common.settings import LimitSettings
 from common.speech import read_wish
 from protos.chorus.v1 import tts_pb2
 from service.engines.base import SpeechEngine
-from service.text import FRONT_END_REVISION, TextSegment, detect_language, has_speech
+from service.text import FRONT_END_REVISION, TextSegment, detect_language, dialects, has_speech
 from service.voices import DEFAULT_VOICE
 
 SpeechRequest = tts_pb2.SynthesizeRequest | tts_pb2.StreamSynthesizeRequest
@@ -91,19 +91,27 @@ def estimate_steps(text: str, manner: Manner, engine: SpeechEngine) -> int:
     return sum(engine.caps.predict(segment).steps_p50 for segment in segments)
 
 
+def front_end_revision(engine: SpeechEngine) -> str:
+    """Changes whenever a text may be read otherwise, in any language that is served."""
+    return " ".join(filter(None, (FRONT_END_REVISION, *(dialects.revision(tag) for tag in engine.languages))))
+
+
+def revision(engine: SpeechEngine) -> str:
+    """As `common.keys.revision_of` says it of what GetServerInfo tells."""
+    return f"{engine.name} {engine.model_revision} {front_end_revision(engine)}"
+
+
 def derive_seed(request: SpeechRequest | tts_pb2.StreamConfig, engine: SpeechEngine) -> int:
     """The seed of a request that names none: equal requests sound equal, in whatever format."""
-    asked = tts_pb2.SynthesizeRequest(
-        text="" if isinstance(request, tts_pb2.StreamConfig) else request.text.strip(),
-        voice=request.voice or DEFAULT_VOICE,
-        language=request.language.lower(),
-        controls=request.controls,
-        sampling=request.sampling,
-        refine_text=request.refine_text,
-    )
-    revision = f"{engine.model_revision} {FRONT_END_REVISION}"
-    digest = hashlib.sha256(revision.encode() + b"\0" + asked.SerializeToString(deterministic=True)).digest()
-    return int.from_bytes(digest[:4], "big")
+    if isinstance(request, tts_pb2.StreamConfig):
+        request = tts_pb2.StreamSynthesizeRequest(
+            voice=request.voice,
+            language=request.language,
+            controls=request.controls,
+            sampling=request.sampling,
+            refine_text=request.refine_text,
+        )
+    return derived_seed(speech_key(request, revision(engine)))
 
 
 def text_faults(text: str, limits: LimitSettings) -> list[Violation]:

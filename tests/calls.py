@@ -126,6 +126,11 @@ class Failure:
         return str(info.reason)
 
     @property
+    def info(self) -> dict[str, str]:
+        """The one ErrorInfo's metadata."""
+        return dict(self.one(error_details_pb2.ErrorInfo).metadata)
+
+    @property
     def fields(self) -> list[str]:
         """The faulty ones, of the one BadRequest."""
         return [violation.field for violation in self.one(error_details_pb2.BadRequest).field_violations]

@@ -11,6 +11,7 @@ from common.calls import Call
 from common.settings import ToneSettings
 from protos.chorus.v1 import tts_pb2
 from service.engines.tone import ToneEngine
+from service.flights import Deadline
 from service.speaking import MAX_AHEAD, Terms, speak
 from service.speech import parse_config
 from service.text import TextSegment
@@ -47,8 +48,9 @@ async def test_of_what_was_heard_nothing_is_kept() -> None:
     runner = Runner(engine, Policy())
     runner.start()
     manner = parse_config(tts_pb2.StreamConfig(), engine)
-    terms = Terms(max_rows=2, deadline=time.monotonic() + 60, stream=True)
-    messages = speak(runner, engine, manner, script, Call("", ""), terms)
+    terms = Terms(max_rows=2, stream=True)
+    end = time.monotonic() + 60
+    messages = speak(runner, engine, manner, script, Call("", ""), terms, Deadline(end, end))
     marks = 0
     async for message in messages:
         if isinstance(message, tts_pb2.SegmentMark):

@@ -1,0 +1,95 @@
+"""Which backend speaks what: a directory in the cache's store, so that callers on any gateway meet.
+
+An entry is a lease: it is renewed while its speech is made, and ends by itself when its backend dies. A backend that
+was paused may find that another has taken over; then both speak, each for its own callers, and neither loses anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager, suppress
+
+from common.errors import FlightElsewhere
+from common.speech import SpeechMessage
+from common.store import Script, Store, StoreUnavailable
+
+LEASE_SECONDS = 3.0
+
+# ARGV: "token address", lease in ms → who has it
+ENTER = Script("""
+if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return ARGV[1] end
+return redis.call('GET', KEYS[1])
+""")
+
+# ARGV: "token address", lease in ms. Says for how much longer it is ours.
+KEEP = Script("""
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+""")
+
+# ARGV: "token address"
+LEAVE = Script("""
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])
+""")
+
+Messages = AsyncGenerator[SpeechMessage, None]
+
+
+class Directory:
+    """The directory, for one backend."""
+
+    def __init__(self, store: Store, address: str, kept_seconds: float) -> None:
+        """`address`: where gateways reach this backend. `kept_seconds`: how long an entry outlives its speech."""
+        self._store = store
+        self._address = address
+        self._kept_seconds = kept_seconds
+
+    async def listed(self, key: str, messages: Messages, *, here: bool) -> Messages:
+        """A speech that is in the directory while it is made; without a store it is just made.
+
+        `here`: make it even if another backend does.
+
+        Raises:
+            FlightElsewhere: another backend makes it.
+        """
+        async with aclosing(messages), self._entry(f"flight:{key}", here=here):
+            async for message in messages:
+                yield message
+
+    @asynccontextmanager
+    async def _entry(self, name: str, *, here: bool) -> AsyncGenerator[None, None]:
+        mine = f"{uuid.uuid4().hex} {self._address}"
+        if not self._store.configured:
+            yield
+            return
+        try:
+            holder = (await self._store.run(ENTER, [name], [mine, _ms(LEASE_SECONDS)])).decode()
+        except StoreUnavailable:
+            holder = mine
+        address = holder.partition(" ")[2]
+        if holder != mine and address != self._address and not here:
+            raise FlightElsewhere(address)
+        keeping = asyncio.create_task(self._keep(name, mine))
+        try:
+            yield
+        except BaseException:
+            keeping.cancel()
+            with suppress(StoreUnavailable):
+                await asyncio.shield(self._store.run(LEAVE, [name], [mine]))
+            raise
+        keeping.cancel()
+        with suppress(StoreUnavailable):
+            await self._store.run(KEEP, [name], [mine, max(1, _ms(self._kept_seconds))])
+
+    async def _keep(self, name: str, mine: str) -> None:
+        while True:
+            await asyncio.sleep(LEASE_SECONDS / 3)
+            with suppress(StoreUnavailable):
+                await self._store.run(KEEP, [name], [mine, _ms(LEASE_SECONDS)])
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
