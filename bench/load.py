@@ -35,11 +35,18 @@ class Window:
     seconds: float
     """How long new calls are made; those that run then are waited for, and count."""
     characters: int
-    """In each text. No text is asked for twice."""
+    """In each text."""
     audio_bytes: int
     """In each reply. Anything else is an error."""
     keyed: bool = False
     """Each call has an idempotency key."""
+    pool: int = 0
+    """So many texts, the same in every process, are asked for again and again; 0: each is a new one."""
+
+    def text(self) -> str:
+        """Of the next call."""
+        chance = random.Random(random.randrange(self.pool)) if self.pool else random
+        return "".join(chance.choices(IDEOGRAPHS, k=self.characters))
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Of the next call."""
@@ -121,9 +128,8 @@ async def _call_until(end: float, stub: Stub, window: Window, tally: Tally) -> N
     """One caller."""
     ask = _ask_for_stream if window.stream else _ask
     while (began := time.perf_counter()) < end:
-        text = "".join(random.choices(IDEOGRAPHS, k=window.characters))
         try:
-            first_audio, audio_bytes = await ask(stub, text, window.metadata())
+            first_audio, audio_bytes = await ask(stub, window.text(), window.metadata())
         except grpc.aio.AioRpcError:
             tally.errors += 1
             continue

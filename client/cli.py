@@ -248,6 +248,75 @@ def tenants(set_: SetOption = []) -> None:  # noqa: B006
     asyncio.run(show_tenants(load_settings(set_), out))
 
 
+cache_app = typer.Typer(help="Look into the result cache, and forget what is in it.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command()
+def stats(set_: SetOption = []) -> None:  # noqa: B006
+    """Show what the cache's store holds."""
+    from client.cache import show_cache
+
+    asyncio.run(show_cache(load_settings(set_), out))
+
+
+@cache_app.command()
+def purge(
+    all_: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
+    voice: Annotated[str, typer.Option(help="What was spoken by this voice.")] = "",
+    revision: Annotated[str, typer.Option(help="What was made by this revision, as the gateway's log tells it.")] = "",
+    key: Annotated[str, typer.Option(help="One speech; with its --voice and --revision.")] = "",
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Forget speeches, on all gateways, within a second."""
+    from client.cache import purge_cache
+
+    if key:
+        what = f"key:{key}"
+        if not (voice and revision):
+            raise typer.BadParameter("--key wants its --voice and --revision too")
+    elif [all_, bool(voice), bool(revision)].count(True) != 1:
+        raise typer.BadParameter("give one of --all, --voice, --revision and --key")
+    else:
+        what = "all" if all_ else f"voice:{voice}" if voice else f"revision:{revision}"
+    asyncio.run(purge_cache(load_settings(set_), what, voice, revision))
+    out.print("forgotten; gateways that run notice within a second")
+
+
+@app.command()
+def warm(
+    file: Annotated[
+        Path, typer.Option("--file", "-f", exists=True, dir_okay=False, help="A text on each line; # begins a comment.")
+    ],
+    voice: Annotated[str, typer.Option(help="A name that `chorus voices` lists.")] = "",
+    language: Annotated[str, typer.Option(help="BCP 47. Default: detected.")] = "",
+    address: AddressOption = DEFAULT_ADDRESS,
+    key: KeyOption = None,
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
+) -> None:
+    """Have texts spoken into the cache, before anybody asks for them."""
+    from client.cache import read_texts
+    from client.cache import warm as fill
+
+    try:
+        texts = read_texts(file)
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{file} is not UTF-8 text") from None
+
+    async def call() -> None:
+        async with _client(address, key, ca, certificate) as client:
+            await client.server_info()  # whether anybody is there
+            warmed = await fill(client, texts, voice, language, err)
+        out.print(f"{warmed.made} made, {warmed.there} were there, {len(warmed.failed)} failed")
+        for text, why in warmed.failed:
+            err.print(f"{text[:60]}: {why}", style="red", markup=False)
+        if warmed.failed:
+            raise typer.Exit(EXIT_FAILED)
+
+    _run(call(), address)
+
+
 def _client(
     address: str, key: str | None, ca: str | None, certificate: Path | None, timeout: float = DEFAULT_SECONDS
 ) -> Client:

@@ -67,9 +67,9 @@ class Master:
         start, end = tts_pb2.StreamStart(), tts_pb2.StreamEnd()
         start.CopyFrom(reply.start)
         start.request_id = request_id
-        yield start
         marks, audio, at = list(reply.marks), reply.audio, 0
         step = int(CHUNK_SECONDS * start.format.sample_rate_hertz)
+        yield start
         for sequence, sample in enumerate(range(0, reply.end.sample_count, step)):
             data = audio[sample * SAMPLE_BYTES : (sample + step) * SAMPLE_BYTES]
             yield tts_pb2.AudioChunk(data=data, sequence=sequence, start_sample=sample)

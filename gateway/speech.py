@@ -231,6 +231,7 @@ class Speech:
             return None, tags
         tenant = self._tenants.get(turn.call.tenant)
         key = speech_key(request, revision, tenant.name if tenant.cache_scope == "tenant" else "")
+        turn.call.facts["cache_key"] = key.hex()
         return Wanted(key, revision, partial(self._landed, key, tags)), tags
 
     def _landed(self, key: bytes, tags: Tags, master: Master) -> None:

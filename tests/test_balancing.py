@@ -31,7 +31,7 @@ async def test_calls_follow_the_load(stack: Stack) -> None:
     busy, idle = [
         await stack.service(tone_slots=8, tone_step_base_ms=1, tone_card=card, batcher_max_delay=60) for card in "ab"
     ]
-    gateway = await stack.gateway(busy, idle)
+    gateway = await stack.gateway(busy, idle, cache_enabled=False)  # each call is to reach a service
     # Long streams, past the gateway, fill most of one service's slots.
     request = stream_request("This goes on for quite some time. " * 140)
     filling = [busy.stub().StreamSynthesize(request, timeout=120) for _ in range(6)]
@@ -51,7 +51,7 @@ async def test_calls_follow_the_load(stack: Stack) -> None:
 
 async def test_a_service_that_is_not_serving_gets_no_calls_and_no_errors(stack: Stack) -> None:
     leaving, staying = [await stack.service(service_drain_seconds=30, tone_card=card) for card in "ab"]
-    gateway = await stack.gateway(leaving, staying)
+    gateway = await stack.gateway(leaving, staying, cache_enabled=False)
     await call_many(gateway, 40)
     assert leaving.metric(CALLS) > 1
     leaving.signal(signal.SIGTERM)
