@@ -22,7 +22,7 @@ run: $(VENV)/.installed $(if $(filter chattts,$(ENGINE)),$(VENV)/.chattts) ## St
 	@$(VENV)/bin/chorus up --hello --cards $(or $(CARDS),1) $(if $(ENGINE),--engine $(ENGINE))
 
 test: $(DEV_VENV)/.installed ## Run all tests.
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 check: $(DEV_VENV)/.installed ## Lint, types, contract, Dockerfiles, stale stubs.
 	@$(BIN)/ruff format --check --quiet .
