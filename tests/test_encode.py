@@ -42,7 +42,7 @@ OTHERS = [
 every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
 coded_formats = pytest.mark.parametrize("format", [f for f in FORMATS if not costs_nothing(f, RATE)], ids=str)
 lossy_formats = pytest.mark.parametrize(
-    "format", [format for format in {*FORMATS, *OTHERS} if format.codec in LOSSY], ids=str
+    "format", [format for format in dict.fromkeys([*FORMATS, *OTHERS]) if format.codec in LOSSY], ids=str
 )
 language = pytest.mark.parametrize("language", TEXTS)
 
