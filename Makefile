@@ -22,7 +22,7 @@ run: $(VENV)/.installed $(if $(filter chattts,$(ENGINE)),$(VENV)/.chattts) ## St
 	@$(VENV)/bin/chorus up --hello --cards $(or $(CARDS),1) $(if $(ENGINE),--engine $(ENGINE))
 
 test: $(DEV_VENV)/.installed ## Run all tests.
-	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	@PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 check: $(DEV_VENV)/.installed ## Lint, types, contract, Dockerfiles, stale stubs.
 	@$(BIN)/ruff format --check --quiet .
@@ -51,6 +51,8 @@ bench: $(BENCH_VENV)/.installed ## Run the benchmarks, quickly.
 	@$(BENCH_VENV)/bin/python -m bench.path --quick
 	$(BENCH_VENV)/bin/python -m bench.text --quick
 	$(BENCH_VENV)/bin/python -m bench.audio --quick
+	$(BENCH_VENV)/bin/python -m bench.limiter --quick
+	$(BENCH_VENV)/bin/python -m bench.cache --quick
 	$(BENCH_VENV)/bin/python -m bench.scheduler --quick
 	$(BENCH_VENV)/bin/python -m bench.simulate --quick
 	$(BENCH_VENV)/bin/python -m bench.batcher --quick

@@ -84,7 +84,7 @@ async def bounded(plain: Messages, limits: LimitSettings) -> Messages:
                     rate = message.format.sample_rate_hertz
                     most = rate * max_reply_seconds(rate, limits)
                 case tts_pb2.AudioChunk() if message.start_sample + len(message.data) // SAMPLE_BYTES > most:
-                    raise _too_long()
+                    raise too_long()
             yield message
 
 
@@ -101,7 +101,7 @@ async def collected(messages: Messages, limits: LimitSettings) -> tts_pb2.Synthe
                 case tts_pb2.AudioChunk():
                     audio += message.data
                     if len(audio) > _max_reply_bytes(limits):
-                        raise _too_long()
+                        raise too_long()
                 case tts_pb2.StreamStart():
                     response.start.CopyFrom(message)
                 case tts_pb2.SegmentMark():
@@ -135,7 +135,7 @@ async def encoded_whole(
     if format.container is Container.WAV:
         plain.audio = wav_header(format, plain.end.sample_count) + plain.audio
     if len(plain.audio) > _max_reply_bytes(limits):
-        raise _too_long()
+        raise too_long()
     return plain
 
 
@@ -222,7 +222,8 @@ def _max_reply_bytes(limits: LimitSettings) -> int:
     return limits.message_bytes - REPLY_OVERHEAD_BYTES
 
 
-def _too_long() -> OutOfRange:
+def too_long() -> OutOfRange:
+    """What is more than a reply holds."""
     # Without figures: which limit is met first depends on who encodes, and nobody else is to see that.
     return OutOfRange(
         "the audio became longer than a unary reply holds; use StreamSynthesize or JobService.CreateJob",

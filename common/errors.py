@@ -192,7 +192,7 @@ class FlightElsewhere(ChorusError):
     def __init__(self, backend: str) -> None:
         """`backend`: its address."""
         super().__init__(
-            "another backend speaks this already", FLIGHT_ELSEWHERE, metadata={"backend": backend}, retry_after=0.0
+            "another backend speaks this already", "FLIGHT_ELSEWHERE", metadata={"backend": backend}, retry_after=0.0
         )
 
 

@@ -167,9 +167,9 @@ class Limiter:
             return True
         self._refuse(
             tenant,
+            "TOO_MANY_CONCURRENT",
             "places",
             f"{tenant.concurrent} calls of {tenant.name} run already; try again in a second, or end one",
-            "TOO_MANY_CONCURRENT",
             NO_PLACE_SECONDS,
             f"tenant:{tenant.name} concurrent calls",
         )
@@ -185,14 +185,14 @@ class Limiter:
             return
         self._refuse(
             tenant,
+            "RATE_LIMITED",
             kind,
             f"the limit of {_words(short.scope, kind)} is reached; try again in {short.seconds:.2f} s",
-            "RATE_LIMITED",
             short.seconds,
             short.scope.quota,
         )
 
-    def _refuse(self, tenant: Tenant, limit: str, message: str, reason: str, seconds: float, quota: str) -> None:
+    def _refuse(self, tenant: Tenant, reason: str, limit: str, message: str, seconds: float, quota: str) -> None:
         if self._settings.mode == "shadow":
             self._count(tenant, limit, "would refuse")
             return

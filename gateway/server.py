@@ -62,7 +62,7 @@ async def serve(settings: Settings) -> None:
         pipeline = Pipeline(settings, tenants, limiter, idempotency)
         cache, flights = Cache(cache_store, objects, settings.cache), Flights(settings, channel)
         revision = _revision(settings, channel)
-        speech = Speech(channel, flights, cache, revision, tenants, settings.cache)
+        speech = Speech(channel, flights, cache, revision, tenants, settings)
         _register(Servicer(pipeline, speech, Transcoder(encoders, settings.limits), channel), server)
         await server.start(settings.gateway.listen)
 

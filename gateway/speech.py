@@ -17,10 +17,11 @@ import grpc.aio
 
 from audio.frames import SAMPLE_BYTES
 from common import metrics
+from common.encoding import max_reply_seconds, too_long
 from common.errors import ChorusError, NotFound
 from common.keys import DEFAULT_VOICE, canonical_text, speech_key
 from common.metadata import CACHE_CONTROL, ONLY_CACHED, text_value
-from common.settings import CacheSettings
+from common.settings import Settings
 from common.spans import restorer
 from common.speech import SpeechMessage, as_field
 from gateway.cache import Cache, Tags
@@ -31,6 +32,7 @@ from gateway.masters import Master
 from gateway.pipeline import Turn, forward, forward_stream
 from gateway.revision import Revision
 from gateway.tenants import Tenants
+from gateway.transcoder import is_plain
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 
 Written = tts_pb2.StreamSynthesizeTextRequest
@@ -67,13 +69,13 @@ class Speech:
         cache: Cache,
         revision: Revision,
         tenants: Tenants,
-        settings: CacheSettings,
+        settings: Settings,
     ) -> None:
         self._flights = flights
         self._cache = cache
         self._revision = revision
         self._tenants = tenants
-        self._enabled = settings.enabled
+        self._settings = settings
         self._estimator = Estimator()
         self._backend: tts_pb2_grpc.TextToSpeechServiceAsyncStub = tts_pb2_grpc.TextToSpeechServiceStub(channel)
 
@@ -82,7 +84,9 @@ class Speech:
         control = self._control(turn)
         wanted, tags = self._wanted(request, turn, control)
         restore = restorer(request.text)
-        if (master := await self._found(wanted, tags, control, turn)) is not None:
+        if (master := await self._found(wanted, tags, control)) is not None:
+            if master.seconds > max_reply_seconds(master.start.format.sample_rate_hertz, self._settings.limits):
+                raise too_long()
             reply = master.whole(turn.call.request_id)
         elif wanted is None:
             reply = await self._alone(request, turn)
@@ -91,7 +95,7 @@ class Speech:
         if restore is not None:
             for mark in reply.marks:
                 restore(mark)
-        _tell(turn, reply.start.cache_status, reply.end)
+        _tell(turn, reply.start.cache_status, reply.end, _ms_since(turn.call.arrived))
         return reply
 
     async def stream(
@@ -101,21 +105,21 @@ class Speech:
         control = self._control(turn)
         wanted, tags = self._wanted(request, turn, control)
         restore = restorer(request.text)
-        if (master := await self._found(wanted, tags, control, turn)) is not None:
+        if (master := await self._found(wanted, tags, control)) is not None:
             messages = _replayed(master, turn)
         elif wanted is None:
             messages = self._stream_alone(request, turn)
         else:
             messages = self._stream_together(wanted, _canonical(request), turn)
-        status = tts_pb2.CACHE_STATUS_UNSPECIFIED
+        status, first_ms = tts_pb2.CACHE_STATUS_UNSPECIFIED, 0.0
         async with aclosing(messages):
             async for message in messages:
                 if isinstance(message, tts_pb2.StreamStart):
-                    status = message.cache_status
+                    status, first_ms = message.cache_status, _ms_since(turn.call.arrived)
                 elif restore is not None and isinstance(message, tts_pb2.SegmentMark):
                     restore(message)
                 elif isinstance(message, tts_pb2.StreamEnd):
-                    _tell(turn, status, message)
+                    _tell(turn, status, message, first_ms)
                 yield tts_pb2.StreamSynthesizeResponse(**as_field(message))
 
     async def dialogue(
@@ -143,7 +147,7 @@ class Speech:
 
     # -- where it comes from ------------------------------------------------------------------------------------------
 
-    async def _found(self, wanted: Wanted | None, tags: Tags, control: Control, turn: Turn) -> Master | None:
+    async def _found(self, wanted: Wanted | None, tags: Tags, control: Control) -> Master | None:
         """The speech from the cache, if it is there and may be heard.
 
         Raises:
@@ -218,7 +222,7 @@ class Speech:
     def _control(self, turn: Turn) -> Control:
         words = (text_value(turn.asked, CACHE_CONTROL) or "").lower()
         said = {word.strip() for word in words.split(",")}
-        keep = self._enabled and "no-store" not in said
+        keep = self._settings.cache.enabled and "no-store" not in said
         look = keep and "no-cache" not in said
         only = text_value(turn.asked, ONLY_CACHED) not in (None, "", "0", "false") or "only-if-cached" in said
         return Control(look, keep, only)
@@ -227,7 +231,8 @@ class Speech:
         """What is asked for, None: nothing that could be found or shared; and by what it is purged."""
         revision = self._revision.current
         tags = Tags(request.voice or DEFAULT_VOICE, revision or "")
-        if revision is None or not control.keep:
+        # What is faulty goes on as it is: the service tells all that is wrong with it.
+        if revision is None or not control.keep or not is_plain(request.format):
             return None, tags
         tenant = self._tenants.get(turn.call.tenant)
         key = speech_key(request, revision, tenant.name if tenant.cache_scope == "tenant" else "")
@@ -316,14 +321,20 @@ def _canonical(request: Request) -> Request:
     return canonical
 
 
-def _tell(turn: Turn, status: Any, end: tts_pb2.StreamEnd) -> None:
+def _tell(turn: Turn, status: Any, end: tts_pb2.StreamEnd, first_ms: float) -> None:
     """Says where the audio came from, and what took how long."""
     name = tts_pb2.CacheStatus.Name(status).removeprefix("CACHE_STATUS_")
+    total_ms = _ms_since(turn.call.arrived)
     metrics.cache_status(name).inc()
     turn.call.facts["cache"] = name
     turn.call.trail(CACHE_TRAILER, name)
     parts = [f"cache;desc={name}"]
     if end.HasField("timings"):
         parts += [f"queue;dur={end.timings.queue_ms:.1f}", f"backend;dur={end.timings.total_ms:.1f}"]
-    took = (time.monotonic() - turn.call.arrived) * 1000
-    turn.call.trail(TIMING_TRAILER, ", ".join([*parts, f"total;dur={took:.1f}"]))
+    else:
+        end.timings.first_audio_ms, end.timings.total_ms = first_ms, total_ms
+    turn.call.trail(TIMING_TRAILER, ", ".join([*parts, f"total;dur={total_ms:.1f}"]))
+
+
+def _ms_since(moment: float) -> float:
+    return (time.monotonic() - moment) * 1000

@@ -102,7 +102,13 @@ class Transcoder:
 def _wish(asked: tts_pb2.AudioFormat) -> Wish | None:
     """What is to be encoded here; `None`: nothing."""
     wish, _ = read_wish(asked)
-    return None if wish in (PLAIN, Wish(Container.RAW)) else wish
+    return None if is_plain(asked) else wish
+
+
+def is_plain(asked: tts_pb2.AudioFormat) -> bool:
+    """Whether a format is the one that backends speak."""
+    wish, _ = read_wish(asked)
+    return wish in (PLAIN, Wish(Container.RAW))
 
 
 def _plain(request: Request) -> Request:

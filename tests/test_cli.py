@@ -222,11 +222,11 @@ def test_up_starts_again_what_dies_and_takes_all_with_it(tmp_path: Path) -> None
     with start(["up", "--cards", "2"], tmp_path, where, subprocess.DEVNULL) as process:
         until_line(process, "Ctrl-C stops everything")
         before = children_of(process.pid)
-        assert len(before) == 3
-        os.kill(before[0], signal.SIGKILL)
+        assert len(before) == 5  # two stores, two services, a gateway
+        os.kill(before[2], signal.SIGKILL)
         address = {"CHORUS_ADDRESS": where["CHORUS_GATEWAY_LISTEN"]}
         assert chorus("say", "still speaking", cwd=tmp_path, env=address).returncode == 0
-        while len(now := children_of(process.pid)) < 3 or before[0] in now:
+        while len(now := children_of(process.pid)) < 5 or before[2] in now:
             assert process.poll() is None
             time.sleep(0.02)
         process.kill()
