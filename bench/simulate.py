@@ -103,10 +103,10 @@ def end(size: Size) -> float:
 
 def night(size: Size) -> list[Speech]:
     """What is left of the night's requests without the repeats."""
-    return _arrivals(lambda at: rate(at, size), end(size))
+    return arrivals(lambda at: rate(at, size), end(size))
 
 
-def _arrivals(rate: Callable[[float], float], seconds: float) -> list[Speech]:
+def arrivals(rate: Callable[[float], float], seconds: float) -> list[Speech]:
     """Random arrivals, by thinning: Lewis and Shedler, "Simulation of Nonhomogeneous Poisson Processes" (1979)."""
     chance = random.Random(SEED)
     most = max(rate(seconds * part / 100) for part in range(101)) * (1 - REPEATS)
@@ -194,7 +194,7 @@ def capacity(size: Size) -> float:
 
 
 def _carries(unique: float, seconds: float) -> bool:
-    speeches = _arrivals(lambda at: unique / (1 - REPEATS), seconds)
+    speeches = arrivals(lambda at: unique / (1 - REPEATS), seconds)
     callers = Replay(ModelledCard(card(), speeches), Policy()).run().callers
     settled = [caller for caller in callers if caller.speech.at > seconds / 4]
     served = [caller.latency for caller in settled if caller.ended is not None]

@@ -159,9 +159,7 @@ class CacheSettings(Section):
     memory_bytes: Count = 256 * 1024 * 1024
     """In each gateway."""
     seconds: PositiveSeconds = 86_400.0
-    """How long a speech is kept that was asked for again, a tenth more or less."""
-    probation_seconds: PositiveSeconds = 86_400.0
-    """How long one is kept that was asked for once."""
+    """How long a speech is kept, a tenth more or less."""
     inline_bytes: Count = 512 * 1024
     """What is larger lies in the object store."""
 

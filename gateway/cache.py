@@ -18,7 +18,7 @@ from common import metrics
 from common.logs import logger
 from common.objects import Objects
 from common.settings import CacheSettings
-from common.store import Script, Store, StoreUnavailable
+from common.store import Store, StoreUnavailable
 from gateway.lru import Lru
 from gateway.masters import Master
 
@@ -31,23 +31,6 @@ MAX_PUTS = 64
 SWEEP_SECONDS = 3600.0
 
 _INLINE, _POINTER = b"i", b"p"
-
-# ARGV: kept (s), at first sight (s). A value that was asked for again is kept long. → the value
-GET = Script("""
-local value = redis.call('GET', KEYS[1])
-if value and redis.call('GET', KEYS[2]) == '1' then
-  redis.call('EXPIRE', KEYS[1], ARGV[1])
-  redis.call('SET', KEYS[2], '2', 'EX', ARGV[1])
-end
-return value
-""")
-
-# ARGV: value, kept (s), at first sight (s)
-PUT = Script("""
-redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[3])
-redis.call('SET', KEYS[2], '1', 'EX', ARGV[3])
-return 1
-""")
 
 
 class Tags(NamedTuple):
@@ -120,7 +103,7 @@ class Cache:
         """Forgets one speech here and in the store. Other gateways may have it in memory for GENERATION_SECONDS."""
         self._masters.drop(key)
         with suppress(StoreUnavailable):
-            await self._store.command("DEL", *_names(key, tags, self._generations))
+            await self._store.command("DEL", _name(key, tags, self._generations))
 
     async def run(self) -> None:
         """Sees when the cache is purged, and sweeps, until cancelled."""
@@ -151,7 +134,7 @@ class Cache:
 
     async def _look_up(self, key: bytes, tags: Tags) -> Master | None:
         try:
-            value = await self._store.run(GET, _names(key, tags, self._generations), [round(self._seconds())])
+            value = await self._store.command("GET", _name(key, tags, self._generations))
             if value is None:
                 return None
             data: bytes | None = value[1:]
@@ -172,11 +155,11 @@ class Cache:
         value = _INLINE + data
         try:
             if len(data) > self._settings.inline_bytes:
-                name = self._objects.name("cache", key.hex())
-                await self._objects.put(name, data)
-                value = _POINTER + name.encode()
-            first = round(min(self._seconds(), self._settings.probation_seconds))
-            await self._store.run(PUT, _names(key, tags, self._generations), [value, round(self._seconds()), first])
+                place = self._objects.name("cache", key.hex())
+                await self._objects.put(place, data)
+                value = _POINTER + place.encode()
+            name = _name(key, tags, self._generations)
+            await self._store.command("SET", name, value, "EX", round(self._seconds()))
         except StoreUnavailable:
             metrics.CACHE_PUTS_DROPPED.inc()
 
@@ -200,12 +183,11 @@ async def purge_key(store: Store, key: bytes, tags: Tags) -> None:
         StoreUnavailable: the store does not answer.
     """
     generations = await store.command("HGETALL", GENERATIONS)
-    await store.command("DEL", *_names(key, tags, generations))
+    await store.command("DEL", _name(key, tags, generations))
     await store.command("HINCRBY", GENERATIONS, "memory", 1)  # of no name, but seen
 
 
-def _names(key: bytes, tags: Tags, generations: dict[bytes, bytes]) -> list[str]:
+def _name(key: bytes, tags: Tags, generations: dict[bytes, bytes]) -> str:
     parts = (b"all", b"voice:" + tags.voice.encode(), b"revision:" + tags.revision.encode())
     generation = ".".join(generations.get(part, b"0").decode() for part in parts)
-    name = f"cache:{{{generation}:{key.hex()}}}"
-    return [name, f"{name}:seen"]
+    return f"cache:{generation}:{key.hex()}"
