@@ -8,7 +8,6 @@
     ├── Unauthenticated       nobody knows who calls
     ├── ResourceExhausted     busy: try again after a delay
     ├── Aborted               it runs already, elsewhere
-    ├── FlightElsewhere       the same, between gateways and services
     ├── Unavailable           gone or going: try again
     ├── DeadlineExceeded      the deadline has passed, or cannot be met
     ├── Cancelled             the caller went away
@@ -182,18 +181,6 @@ class Aborted(ChorusError):
     """It runs already, elsewhere. Always with `retry_after`."""
 
     code = grpc.StatusCode.ABORTED
-
-
-class FlightElsewhere(ChorusError):
-    """Another backend makes this speech already: for gateways, which then ask that one."""
-
-    code = grpc.StatusCode.ABORTED
-
-    def __init__(self, backend: str) -> None:
-        """`backend`: its address."""
-        super().__init__(
-            "another backend speaks this already", "FLIGHT_ELSEWHERE", metadata={"backend": backend}, retry_after=0.0
-        )
 
 
 class ResourceExhausted(ChorusError):

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager, suppress
 
-from common.errors import FlightElsewhere
+from common.errors import Aborted
 from common.speech import SpeechMessage
 from common.store import Script, Store, StoreUnavailable
 
@@ -53,7 +53,7 @@ class Directory:
         `here`: make it even if another backend does.
 
         Raises:
-            FlightElsewhere: another backend makes it.
+            Aborted: another backend makes it.
         """
         async with aclosing(messages), self._entry(f"flight:{key}", here=here):
             async for message in messages:
@@ -71,7 +71,12 @@ class Directory:
             holder = mine
         address = holder.partition(" ")[2]
         if holder != mine and address != self._address and not here:
-            raise FlightElsewhere(address)
+            raise Aborted(
+                "another backend speaks this already",
+                "FLIGHT_ELSEWHERE",
+                metadata={"backend": address},
+                retry_after=0.0,
+            )
         keeping = asyncio.create_task(self._keep(name, mine))
         try:
             yield

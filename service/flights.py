@@ -80,7 +80,7 @@ class Flights:
             here: even if another backend speaks it.
 
         Raises:
-            FlightElsewhere: another backend speaks it.
+            Aborted: another backend speaks it.
             ChorusError: what became of it instead; the same for all who hear it.
         """
         while True:

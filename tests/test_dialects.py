@@ -479,6 +479,7 @@ class Engine:
 
     languages: tuple[str, ...]
     voices: tuple[str, ...] = ("female1",)
+    name: str = "engine"
     model_revision: str = "1"
     caps: Any = field(default_factory=lambda: type("Caps", (), {"sample_rate_hertz": 24000}))
 

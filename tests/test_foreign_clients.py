@@ -140,6 +140,7 @@ def facts(messages: list[Any]) -> tuple[bytes, list[Any]]:
             case tts_pb2.StreamStart():
                 assert message.request_id
                 message.ClearField("request_id")
+                message.ClearField("cache_status")
             case tts_pb2.StreamEnd():
                 assert message.timings.total_ms > 0
                 message.ClearField("timings")
