@@ -33,7 +33,8 @@ async def purge_cache(settings: Settings, what: str, voice: str, revision: str) 
     store = _open(settings)
     try:
         if what.startswith("key:"):
-            await purge_key(store, _key(what.removeprefix("key:")), Tags(voice, revision))
+            if not await purge_key(store, _key(what.removeprefix("key:")), Tags(voice, revision)):
+                raise StartupError("the store has no such speech of that voice and revision; memory was forgotten")
         else:
             await purge(store, what)
     except StoreUnavailable:

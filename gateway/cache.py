@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from common import metrics
 from common.logs import logger
@@ -21,16 +22,22 @@ from common.settings import CacheSettings
 from common.store import Store, StoreUnavailable
 from gateway.lru import Lru
 from gateway.masters import Master
+from protos.chorus.v1 import tts_pb2
 
 GENERATIONS = "cache:generations"
 GENERATION_SECONDS = 1.0
 JITTER = 0.1
 """The share by which times to live differ, so that not all that was made together goes together."""
-MAX_PUTS = 64
+MAX_PUT_BYTES = 64 * 1024 * 1024
 """Speeches on their way to the store; of more, it is not told."""
+FORMS_SHARE = 5
+"""The part of the memory that is for encoded forms."""
 SWEEP_SECONDS = 3600.0
 
 _INLINE, _POINTER = b"i", b"p"
+
+
+Generations: TypeAlias = dict[bytes, bytes]
 
 
 class Tags(NamedTuple):
@@ -49,11 +56,14 @@ class Cache:
         self._store = store
         self._objects = objects
         self._settings = settings
-        self._masters: Lru[bytes, Master] = Lru(settings.memory_bytes, settings.seconds, clock)
-        self._forms: Lru[tuple[bytes, Any], Any] = Lru(settings.memory_bytes // 4, settings.seconds, clock)
-        self._generations: dict[bytes, bytes] = {}
+        forms = settings.memory_bytes // FORMS_SHARE
+        self._masters: Lru[bytes, Master] = Lru(settings.memory_bytes - forms, settings.seconds, clock)
+        self._forms: Lru[tuple[bytes, bytes], Any] = Lru(forms, settings.seconds, clock)
+        self.generations: Generations = {}
+        """As far as is known; another object whenever the cache was purged."""
         self._lookups: dict[bytes, asyncio.Task[Master | None]] = {}
         self._puts: set[asyncio.Task[None]] = set()
+        self._put_bytes = 0
         metrics.CACHE_BYTES.set_function(lambda: self._masters.bytes + self._forms.bytes)
         metrics.CACHE_EVICTED.set_function(lambda: self._masters.evicted + self._forms.evicted)
 
@@ -79,38 +89,39 @@ class Cache:
         metrics.cache_counter("miss" if master is None else "store").inc()
         return master
 
-    def put(self, key: bytes, tags: Tags, master: Master) -> None:
-        """Keeps a speech. The store hears of it later, if it can."""
+    def put(self, key: bytes, tags: Tags, master: Master, asked: Generations) -> None:
+        """Keeps a speech. The store hears of it later, if it can.
+
+        `asked`: the generations when it was asked for: what was purged since is not kept.
+        """
+        if asked is not self.generations:
+            return
         self._masters.put(key, master, master.size)
         if not self._store.worth_asking:
             return
-        if len(self._puts) >= MAX_PUTS:
+        if self._put_bytes + master.size > MAX_PUT_BYTES:
             metrics.CACHE_PUTS_DROPPED.inc()
             return
-        task = asyncio.create_task(self._put(key, tags, master))
+        self._put_bytes += master.size
+        task = asyncio.create_task(self._put(key, _name(key, tags, asked), master))
         self._puts.add(task)
         task.add_done_callback(self._puts.discard)
 
-    def form(self, key: bytes, name: Any) -> Any | None:
-        """A form of a speech in memory, such as a reply in some format."""
-        return self._forms.get((key, name))
+    def form(self, key: bytes, format: bytes) -> tts_pb2.SynthesizeResponse | None:
+        """A speech in memory in another format, as a reply that may not be changed."""
+        form: tts_pb2.SynthesizeResponse | None = self._forms.get((key, format))
+        return form
 
-    def put_form(self, key: bytes, name: Any, form: Any, size: int) -> None:
-        """Keeps a form of a speech in memory, for as long as it is asked for."""
-        self._forms.put((key, name), form, size)
-
-    async def forget(self, key: bytes, tags: Tags) -> None:
-        """Forgets one speech here and in the store. Other gateways may have it in memory for GENERATION_SECONDS."""
-        self._masters.drop(key)
-        with suppress(StoreUnavailable):
-            await self._store.command("DEL", _name(key, tags, self._generations))
+    def put_form(self, key: bytes, format: bytes, form: tts_pb2.SynthesizeResponse) -> None:
+        """Keeps a speech in another format in memory, for as long as it is asked for."""
+        self._forms.put((key, format), form, len(form.audio) + 1024)
 
     async def run(self) -> None:
         """Sees when the cache is purged, and sweeps, until cancelled."""
         swept = -SWEEP_SECONDS
         while True:
-            await asyncio.sleep(GENERATION_SECONDS)
             await self.refresh()
+            await asyncio.sleep(GENERATION_SECONDS)
             if time.monotonic() - swept > SWEEP_SECONDS:
                 swept = time.monotonic()
                 with suppress(StoreUnavailable):
@@ -121,20 +132,23 @@ class Cache:
         if not self._store.worth_asking:
             return
         with suppress(StoreUnavailable):
-            generations = await self._store.command("HGETALL", GENERATIONS)
-            if generations != self._generations:
-                self._generations = generations
+            generations = await read_generations(self._store)
+            if generations != self.generations:
+                if self.generations:
+                    logger().info("the cache was purged")
+                self.generations = generations
                 self._masters.clear()
                 self._forms.clear()
-                logger().info("the cache was purged")
 
     async def settle(self) -> None:
         """Waits until the store has heard of all that was kept."""
         await asyncio.gather(*self._puts, return_exceptions=True)
 
     async def _look_up(self, key: bytes, tags: Tags) -> Master | None:
+        asked = self.generations
+        name = _name(key, tags, asked)
         try:
-            value = await self._store.command("GET", _name(key, tags, self._generations))
+            value = await self._store.command("GET", name)
             if value is None:
                 return None
             data: bytes | None = value[1:]
@@ -145,12 +159,15 @@ class Cache:
         master = None if data is None else Master.from_bytes(key, data)
         if master is None:
             metrics.CACHE_DAMAGED.inc()
-            await self.forget(key, tags)
+            with suppress(StoreUnavailable):
+                await self._store.command("DEL", name)
             return None
+        if asked is not self.generations:
+            return None  # it was purged meanwhile
         self._masters.put(key, master, master.size)
         return master
 
-    async def _put(self, key: bytes, tags: Tags, master: Master) -> None:
+    async def _put(self, key: bytes, name: str, master: Master) -> None:
         data = master.to_bytes(key)
         value = _INLINE + data
         try:
@@ -158,10 +175,11 @@ class Cache:
                 place = self._objects.name("cache", key.hex())
                 await self._objects.put(place, data)
                 value = _POINTER + place.encode()
-            name = _name(key, tags, self._generations)
             await self._store.command("SET", name, value, "EX", round(self._seconds()))
         except StoreUnavailable:
             metrics.CACHE_PUTS_DROPPED.inc()
+        finally:
+            self._put_bytes -= master.size
 
     def _seconds(self) -> float:
         return self._settings.seconds * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 (no secret)
@@ -176,18 +194,32 @@ async def purge(store: Store, what: str = "all") -> None:
     await store.command("HINCRBY", GENERATIONS, what, 1)
 
 
-async def purge_key(store: Store, key: bytes, tags: Tags) -> None:
-    """Forgets one speech, on all gateways.
+async def purge_key(store: Store, key: bytes, tags: Tags) -> bool:
+    """Forgets one speech, on all gateways, and tells whether it was in the store.
 
     Raises:
         StoreUnavailable: the store does not answer.
     """
-    generations = await store.command("HGETALL", GENERATIONS)
-    await store.command("DEL", _name(key, tags, generations))
+    generations = await read_generations(store)
+    was_there = bool(await store.command("DEL", _name(key, tags, generations)))
     await store.command("HINCRBY", GENERATIONS, "memory", 1)  # of no name, but seen
+    return was_there
 
 
-def _name(key: bytes, tags: Tags, generations: dict[bytes, bytes]) -> str:
+async def read_generations(store: Store) -> Generations:
+    """The generations. A store that has forgotten them gets new ones, so that nothing of before is found again.
+
+    Raises:
+        StoreUnavailable: the store does not answer.
+    """
+    generations: Generations = await store.command("HGETALL", GENERATIONS)
+    if b"all" not in generations:
+        await store.command("HSETNX", GENERATIONS, "all", secrets.randbelow(2**48))
+        generations = await store.command("HGETALL", GENERATIONS)
+    return generations
+
+
+def _name(key: bytes, tags: Tags, generations: Generations) -> str:
     parts = (b"all", b"voice:" + tags.voice.encode(), b"revision:" + tags.revision.encode())
     generation = ".".join(generations.get(part, b"0").decode() for part in parts)
     return f"cache:{generation}:{key.hex()}"

@@ -70,7 +70,8 @@ async def serve(settings: Settings) -> None:
             BACKENDS_READY.set(ready)
             logger().info("backend ready" if ready else "no backend ready", backends=settings.gateway.backends)
             if ready:
-                await revision.learn()  # so that already the first speech has its key
+                # So that already the first speech has its key, and nothing is found that was purged.
+                await asyncio.gather(revision.learn(), cache.refresh())
             await server.set_serving(ready)
 
         loops = (tenants.follow(), limiter.run(), idempotency.run(), cache.run(), revision.follow())

@@ -33,7 +33,10 @@ class Servicer(
         """Spoken in plain samples, and encoded."""
 
         async def make(turn: Turn) -> tts_pb2.SynthesizeResponse:
-            return await self._transcoder.whole(request, lambda plain: self._speech.whole(plain, turn))
+            if (form := self._speech.form(request, turn)) is not None:
+                return form
+            reply = await self._transcoder.whole(request, lambda plain: self._speech.whole(plain, turn))
+            return self._speech.keep_form(request, turn, reply)
 
         return await self._pipeline.unary(request, context, tts_pb2.SynthesizeResponse, make)
 

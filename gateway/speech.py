@@ -23,8 +23,8 @@ from common.keys import DEFAULT_VOICE, canonical_text, speech_key
 from common.metadata import CACHE_CONTROL, ONLY_CACHED, text_value
 from common.settings import Settings
 from common.spans import restorer
-from common.speech import SpeechMessage, as_field
-from gateway.cache import Cache, Tags
+from common.speech import SpeechMessage, as_field, read_wish
+from gateway.cache import Cache, Generations, Tags
 from gateway.estimate import Estimator, Spoken
 from gateway.flights import Flights, Wanted
 from gateway.limiter import Admission
@@ -97,6 +97,38 @@ class Speech:
                 restore(mark)
         _tell(turn, reply.start.cache_status, reply.end, _ms_since(turn.call.arrived))
         return reply
+
+    def form(self, request: tts_pb2.SynthesizeRequest, turn: Turn) -> tts_pb2.SynthesizeResponse | None:
+        """A text as one piece in its caller's format, if it was encoded before and is in memory."""
+        key = self._form_key(request, turn)
+        form = None if key is None else self._cache.form(key, request.format.SerializeToString(deterministic=True))
+        if form is None:
+            return None
+        reply = tts_pb2.SynthesizeResponse()
+        reply.CopyFrom(form)
+        reply.start.request_id = turn.call.request_id
+        metrics.AUDIO_SECONDS_SAVED.inc(reply.end.sample_count / reply.start.format.sample_rate_hertz)
+        _tell(turn, reply.start.cache_status, reply.end, _ms_since(turn.call.arrived))
+        return reply
+
+    def keep_form(
+        self, request: tts_pb2.SynthesizeRequest, turn: Turn, reply: tts_pb2.SynthesizeResponse
+    ) -> tts_pb2.SynthesizeResponse:
+        """Keeps what was encoded, if it is asked for again and again: it was a hit. Returns it."""
+        key = self._form_key(request, turn)
+        if key is not None and reply.start.cache_status == tts_pb2.CACHE_STATUS_HIT:
+            form = tts_pb2.SynthesizeResponse()
+            form.CopyFrom(reply)
+            form.end.ClearField("timings")
+            self._cache.put_form(key, request.format.SerializeToString(deterministic=True), form)
+        return reply
+
+    def _form_key(self, request: tts_pb2.SynthesizeRequest, turn: Turn) -> bytes | None:
+        """Under what its forms are kept; None: none are. Marks are the caller's own, so its text must be the key's."""
+        if is_plain(request.format) or not self._control(turn).look or restorer(request.text) is not None:
+            return None
+        key = self._key(request, turn)
+        return None if read_wish(request.format)[0] is None else key
 
     async def stream(
         self, request: tts_pb2.StreamSynthesizeRequest, turn: Turn
@@ -234,17 +266,24 @@ class Speech:
         # What is faulty goes on as it is: the service tells all that is wrong with it.
         if revision is None or not control.keep or not is_plain(request.format):
             return None, tags
-        tenant = self._tenants.get(turn.call.tenant)
-        key = speech_key(request, revision, tenant.name if tenant.cache_scope == "tenant" else "")
+        key = self._key(request, turn)
+        assert key is not None
         turn.call.facts["cache_key"] = key.hex()
-        return Wanted(key, revision, partial(self._landed, key, tags)), tags
+        return Wanted(key, revision, partial(self._landed, key, tags, self._cache.generations)), tags
 
-    def _landed(self, key: bytes, tags: Tags, master: Master) -> None:
+    def _key(self, request: Spoken, turn: Turn) -> bytes | None:
+        if self._revision.current is None:
+            return None
+        tenant = self._tenants.get(turn.call.tenant)
+        scope = tenant.name if tenant.cache_scope == "tenant" else ""
+        return speech_key(request, self._revision.current, scope)
+
+    def _landed(self, key: bytes, tags: Tags, asked: Generations, master: Master) -> None:
         """A speech is whole. One of another revision than its key's is not kept."""
         if master.made_as == tts_pb2.CACHE_STATUS_BYPASS:
             self._revision.doubt()
         else:
-            self._cache.put(key, tags, master)
+            self._cache.put(key, tags, master, asked)
 
     def _learn(self, request: Spoken, meter: _Meter) -> None:
         if meter.complete:

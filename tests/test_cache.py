@@ -129,7 +129,7 @@ def test_damage_is_seen(noise: bytes, at: int) -> None:
 async def test_what_one_gateway_keeps_another_finds(valkey: Valkey, tmp_path: Path, samples: int) -> None:
     async with caches(valkey.url, tmp_path, 2) as (one, other):
         assert await one.get(KEY, TAGS) is None
-        one.put(KEY, TAGS, master(samples))
+        one.put(KEY, TAGS, master(samples), one.generations)
         await one.settle()
         found = await other.get(KEY, TAGS)
         assert found is not None
@@ -151,9 +151,9 @@ async def test_callers_at_the_same_time_share_a_lookup(valkey: Valkey, tmp_path:
 @pytest.mark.parametrize("damage", [b"", b"i", b"inonsense", b"pcache/2020-01-01/gone", b"x"])
 async def test_a_damaged_value_is_a_miss_and_is_deleted(valkey: Valkey, tmp_path: Path, damage: bytes) -> None:
     async with caches(valkey.url, tmp_path, 2) as (one, other), valkey.client() as client:
-        one.put(KEY, TAGS, master())
+        one.put(KEY, TAGS, master(), one.generations)
         await one.settle()
-        (name,) = await client.keys("cache:*")
+        (name,) = [name for name in await client.keys("cache:*") if name != b"cache:generations"]
         await client.set(name, damage)
         assert await other.get(KEY, TAGS) is None
         assert not await client.exists(name)
@@ -163,7 +163,7 @@ async def test_without_a_store_memory_is_enough(tmp_path: Path) -> None:
     for url in (None, f"redis://127.0.0.1:{free_port()}"):
         async with caches(url, tmp_path) as (cache,):
             assert await cache.get(KEY, TAGS) is None
-            cache.put(KEY, TAGS, master())
+            cache.put(KEY, TAGS, master(), cache.generations)
             assert await cache.get(KEY, TAGS) is not None
             await cache.settle()
 
@@ -172,8 +172,10 @@ async def test_without_a_store_memory_is_enough(tmp_path: Path) -> None:
 async def test_a_purge_reaches_every_gateway(valkey: Valkey, tmp_path: Path, what: str) -> None:
     other_key, other_tags = bytes(32), Tags("male1", "tone 2")
     async with caches(valkey.url, tmp_path, 2) as (one, other):
+        await one.refresh()
+        await other.refresh()
         for key, tags in ((KEY, TAGS), (other_key, other_tags)):
-            one.put(key, tags, master())
+            one.put(key, tags, master(), one.generations)
             await one.settle()
             assert await other.get(key, tags) is not None
         store = Store("cache", valkey.url, PATIENT)
@@ -184,6 +186,67 @@ async def test_a_purge_reaches_every_gateway(valkey: Valkey, tmp_path: Path, wha
             assert cache.here(KEY) is None
             assert await cache.get(KEY, TAGS) is None
             assert (await cache.get(other_key, other_tags) is None) == (what == "all")
+
+
+async def test_what_was_purged_while_it_was_made_is_not_kept(valkey: Valkey, tmp_path: Path) -> None:
+    async with caches(valkey.url, tmp_path) as (cache,):
+        await cache.refresh()
+        asked = cache.generations
+        store = Store("cache", valkey.url, PATIENT)
+        await purge(store)
+        await store.close()
+        await cache.refresh()
+        cache.put(KEY, TAGS, master(), asked)
+        await cache.settle()
+        assert await cache.get(KEY, TAGS) is None
+
+
+async def test_a_purge_during_a_lookup_is_not_overtaken(
+    valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with caches(valkey.url, tmp_path, 2) as (one, other):
+        await one.refresh()
+        await other.refresh()
+        one.put(KEY, TAGS, master(400_000), one.generations)
+        await one.settle()
+        fetch = Objects.get
+
+        async def slowly(self: Objects, name: str) -> bytes | None:
+            found = await fetch(self, name)
+            store = Store("cache", valkey.url, PATIENT)
+            await purge(store)
+            await store.close()
+            await other.refresh()
+            return found
+
+        monkeypatch.setattr(Objects, "get", slowly)
+        assert await other.get(KEY, TAGS) is None
+        assert other.here(KEY) is None
+
+
+async def test_a_store_that_forgot_its_generations_finds_nothing_of_before(valkey: Valkey, tmp_path: Path) -> None:
+    async with caches(valkey.url, tmp_path) as (cache,), valkey.client() as client:
+        await cache.refresh()
+        cache.put(KEY, TAGS, master(), cache.generations)
+        await cache.settle()
+        await client.delete("cache:generations")
+        await cache.refresh()
+        assert await cache.get(KEY, TAGS) is None
+
+
+async def test_what_the_store_cannot_take_is_dropped_and_counted(
+    valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.cache.MAX_PUT_BYTES", 2 * master().size)
+    async with caches(valkey.url, tmp_path) as (cache,), valkey.client() as client:
+        await cache.refresh()
+        for number in range(5):
+            cache.put(bytes([number]) * 32, TAGS, master(), cache.generations)
+        await cache.settle()
+        assert len(await client.keys("cache:*")) == 2 + 1  # and the generations
+        cache.put(KEY, TAGS, master(), cache.generations)
+        await cache.settle()
+        assert len(await client.keys("cache:*")) == 4
 
 
 # --- memory

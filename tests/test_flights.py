@@ -160,6 +160,19 @@ async def test_what_callers_say_of_the_cache(
     assert runs(service) == made
 
 
+async def test_a_hot_text_is_encoded_once(stack: Stack, valkey: Valkey) -> None:
+    _, gateways = await two(stack, valkey.url)
+    door = Door(gateways[0])
+    request = tts_pb2.SynthesizeRequest(text=TEXT, format=tts_pb2.AudioFormat(container=tts_pb2.CONTAINER_MP3))
+    replies = [await door.speech.Synthesize(request) for _ in range(4)]
+    assert [reply.start.cache_status for reply in replies] == [MISS, HIT, HIT, HIT]
+    assert len({reply.audio for reply in replies}) == 1
+    assert len({reply.start.request_id for reply in replies}) == 4
+    seconds = replies[0].end.sample_count / replies[0].start.format.sample_rate_hertz
+    # For the one who asked first, and for the first hit.
+    assert gateways[0].metric("chorus_encoders_audio_seconds_total") == pytest.approx(2 * seconds, rel=0.1)
+
+
 async def test_only_what_is_in_the_cache(stack: Stack, valkey: Valkey) -> None:
     service, gateways = await two(stack, valkey.url)
     door, only = Door(gateways[0]), (("x-chorus-only-cached", "1"),)
