@@ -218,8 +218,8 @@ async def _is_serving(channel: grpc.aio.Channel) -> bool:
     )
     try:
         reply = await check(health_pb2.HealthCheckRequest(), timeout=1.0)
-    except grpc.aio.AioRpcError:
-        return False
+    except grpc.aio.AioRpcError as error:
+        return error.code() is grpc.StatusCode.UNAUTHENTICATED  # it answers, and tells strangers no more
     return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 

@@ -74,9 +74,10 @@ def current_call() -> Call:
 class CallFrame(grpc.aio.ServerInterceptor):
     """The outermost interceptor."""
 
-    def __init__(self, identify: Identify, max_calls: int, debug: bool) -> None:
-        """`debug`: errors tell callers what went wrong inside."""
+    def __init__(self, identify: Identify, max_calls: int, debug: bool, keyed: tuple[str, ...] = ()) -> None:
+        """`debug`: errors tell callers what went wrong inside. `keyed`: prefixes of plain services that need a key."""
         self._identify = identify
+        self._keyed = keyed
         self._max_calls = max_calls
         self._debug = debug
         self._active = 0
@@ -95,7 +96,7 @@ class CallFrame(grpc.aio.ServerInterceptor):
         if handler is None:
             return _wrapped(_unknown_method(method), partial(self._frame, UNKNOWN_METHOD))
         plain = method.startswith(PLAIN_SERVICES)
-        frame = partial(self._told, Call(method, "")) if plain else partial(self._frame, method.lstrip("/"))
+        frame = partial(self._plain, method) if plain else partial(self._frame, method.lstrip("/"))
         return self._handlers.setdefault(method, _wrapped(handler, frame))
 
     @asynccontextmanager
@@ -116,6 +117,14 @@ class CallFrame(grpc.aio.ServerInterceptor):
         finally:
             self._active -= 1
             _close(call)
+
+    @asynccontextmanager
+    async def _plain(self, method: str, context: Context) -> AsyncIterator[None]:
+        """A call of health or reflection."""
+        async with self._told(Call(method, ""), context):
+            if method.startswith(self._keyed):
+                self._identify(as_metadata(context.invocation_metadata()), context.peer())
+            yield
 
     @asynccontextmanager
     async def _told(self, call: Call, context: Context) -> AsyncIterator[None]:

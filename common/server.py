@@ -41,15 +41,28 @@ class Server:
     """A gRPC server with what belongs to every one of ours. It is NOT_SERVING until `set_serving`."""
 
     def __init__(
-        self, settings: Settings, services: Iterable[str], identify: Identify, *, reflection: bool = True
+        self,
+        settings: Settings,
+        services: Iterable[str],
+        identify: Identify,
+        *,
+        reflection: bool = True,
+        keyed: tuple[str, ...] = (),
     ) -> None:
-        """`services`: full names of the services that will be registered on `grpc`.
+        """Is ready to listen.
+
+        Args:
+            settings: its limits and certificates.
+            services: full names of the services that will be registered on `grpc`.
+            identify: whose calls they are.
+            reflection: whether it is served.
+            keyed: prefixes of health's and reflection's methods that are for callers who can be identified.
 
         Raises:
             StartupError: the certificates cannot be read.
         """
         self._credentials = server_credentials(settings.tls)
-        self._frame = CallFrame(identify, settings.limits.concurrent_calls, settings.debug)
+        self._frame = CallFrame(identify, settings.limits.concurrent_calls, settings.debug, keyed)
         self.grpc = grpc.aio.server(
             interceptors=[self._frame],
             options=server_options(settings.limits),

@@ -140,7 +140,10 @@ class GatewaySettings(Section):
     allow_anonymous: bool = False
     """Listen to other machines too, although nobody needs a key."""
     reflection: bool = True
-    """Tell what services and messages there are. Needs no key."""
+    """Tell what services and messages there are."""
+    reflection_needs_key: bool = False
+    health_needs_key: bool = False
+    """For callers that may not even know whether anybody is there."""
     metrics_listen: HttpAddress = "127.0.0.1:9451"
     backends: Annotated[str, AfterValidator(_check_backends)] = "127.0.0.1:50061"
     """Services: `HOST:PORT`, several separated by commas, or one target that gRPC resolves, such as `dns:///name:port`."""

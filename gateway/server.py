@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from common.logs import logger, set_up_logs
 from common.metrics import BACKENDS_READY, serve_metrics, watch_encoders
 from common.objects import Objects
 from common.server import Server, run
-from common.settings import Settings, is_loopback
+from common.settings import GatewaySettings, Settings, is_loopback
 from common.store import Store
 from gateway.backends import open_channel, watch
 from gateway.cache import Cache
@@ -49,7 +49,13 @@ async def serve(settings: Settings) -> None:
     tenants = Tenants(settings.gateway.tenants)
     serve_metrics(settings.gateway.metrics_listen)
     names = [service.full_name for service in tts_pb2.DESCRIPTOR.services_by_name.values()]
-    server = Server(settings, names, tenants.identify, reflection=settings.gateway.reflection)
+    server = Server(
+        settings,
+        names,
+        tenants.identify,
+        reflection=settings.gateway.reflection,
+        keyed=tuple(_keyed(settings.gateway)),
+    )
     encoders = Budget(settings.limits.encoder_load, CORES)
     watch_encoders(encoders)
     async with (
@@ -118,6 +124,14 @@ async def _running(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 def _report(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         logger().error("a background task failed", exc_info=error)
+
+
+def _keyed(gateway: GatewaySettings) -> Iterator[str]:
+    """Whose methods need a key, of those that usually need none."""
+    if gateway.health_needs_key:
+        yield "/grpc.health."
+    if gateway.reflection_needs_key:
+        yield "/grpc.reflection."
 
 
 def _check_listen(settings: Settings) -> None:

@@ -24,6 +24,7 @@ from common.writing import with_servers_word
 from protos.chorus.v1 import tts_pb2
 from tests.fuzz_text import text_of
 from tests.stack import Server, running_stack
+from tests.valkey import running_valkey
 
 SERVICE = "/chorus.v1."
 UNARY = {
@@ -245,11 +246,21 @@ def resident_mb(server: Server) -> float:
     return server.metric("process_resident_memory_bytes") / 2**20
 
 
+def limits(url: str) -> dict[str, Any]:
+    """A store, and limits that some of the calls meet."""
+    rates = {
+        "limiter_requests_per_second": 400,
+        "limiter_requests_burst": 100,
+        "limiter_audio_seconds_per_second": 4000,
+    }
+    return {"store_ledger": url, **rates}
+
+
 async def run(count: int, seed: int) -> None:
     """All of it, with a report."""
     with tempfile.TemporaryDirectory() as folder:
-        async with running_stack(Path(folder)) as stack:
-            servers = list(await stack.pair())
+        async with running_valkey(Path(folder)) as valkey, running_stack(Path(folder)) as stack:
+            servers = list(await stack.pair(**limits(valkey.url)))
             outcomes = await throw(servers[1], count // 2, seed)
             half = [resident_mb(server) for server in servers]
             outcomes += await throw(servers[1], count - count // 2, seed + count // 2)

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from protos.chorus.v1 import tts_pb2
 from tests.calls import Door
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.stack import Server, Stack, free_port, text_request
@@ -129,6 +130,7 @@ FAULTS: dict[str, tuple[Fault, Fault]] = {
 
 @asynccontextmanager
 async def world(stack: Stack, folder: Path, **limits: Any) -> AsyncIterator[World]:
+    """The ledger can be broken, and with it the cache, if that is not said to be elsewhere."""
     async with running_valkey(folder) as valkey, faulty_proxy(valkey.port) as proxy:
         # On a busy machine a healthy store may need longer than in production.
         url = f"redis://127.0.0.1:{proxy.port}/0"
@@ -154,6 +156,21 @@ async def test_calls_go_on_and_all_heals(stack: Stack, tmp_path: Path, name: str
         told = [line for line in there.gateway.log() if line.get("store") == "ledger" and line["level"] == "warning"]
         assert len(told) == 1  # once a minute
         assert not [line for line in there.gateway.log() if line["level"] == "error"]
+
+
+async def test_the_ledger_alone_is_away(stack: Stack, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    async with running_valkey(tmp_path / "cache") as cache, world(stack, tmp_path, store_cache=cache.url) as there:
+        await there.until("claimed")
+        await hang(there)
+        await there.until("unavailable")
+        text = text_request("asked for twice")
+        statuses = [(await there.door.speech.Synthesize(text, timeout=20)).start.cache_status for _ in range(2)]
+        assert statuses == [tts_pb2.CACHE_STATUS_MISS, tts_pb2.CACHE_STATUS_HIT]
+        async with cache.client() as client:
+            assert [name for name in await client.keys("cache:*") if name != b"cache:generations"]
+        await wake(there)
+        await there.until("claimed")
 
 
 async def test_limits_hold_without_the_ledger(stack: Stack, tmp_path: Path) -> None:

@@ -184,6 +184,21 @@ async def test_only_what_is_in_the_cache(stack: Stack, valkey: Valkey) -> None:
     assert runs(service) == 1
 
 
+async def test_what_is_there_is_heard_although_the_queue_is_full(stack: Stack, valkey: Valkey) -> None:
+    service = await stack.service(tone_step_base_ms=5, tone_slots=1, batcher_max_waiting=1, batcher_max_delay=1000)
+    gateway = await stack.gateway(service, store_cache=valkey.url)
+    door = Door(gateway)
+    await whole(door, "Asked for often.")
+    held = await first_audio(door, "One that takes its time. " * 20)
+    waiting = door.speech.StreamSynthesize(stream_request("One that waits."))
+    await service.until_metric("chorus_batcher_waiting", 1)
+    assert (await failure(whole(door, "One more."))).reason == "QUEUE_FULL"
+    for call in (whole, hear):
+        assert (await call(door, "Asked for often.")).starts[0].cache_status == HIT
+    held.cancel()
+    waiting.cancel()
+
+
 async def test_two_services_and_one_speech(stack: Stack, valkey: Valkey) -> None:
     services = [await stack.service(store_cache=valkey.url, tone_card=card, **SLOW) for card in (1, 2)]
     gateways = [await stack.gateway(service, store_cache=valkey.url) for service in services]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -175,6 +175,22 @@ async def test_a_gateway_is_not_open_to_other_machines_by_mistake(stack: Stack, 
     channel: Any = gateway.channel()
     reflection = channel.stream_unary("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")
     assert await code_of(reflection(iter([b""]))) is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_health_and_reflection_may_need_a_key_too(stack: Stack, tmp_path: Path) -> None:
+    service = await stack.service()
+    settings = {"gateway_health_needs_key": "true", "gateway_reflection_needs_key": "true"}
+    gateway = await stack.gateway(
+        service, wait=False, gateway_tenants=two(tmp_path / "tenants.toml"), **cast("Any", settings)
+    )
+    channel: Any = gateway.channel()
+    known = {"metadata": (("x-api-key", KEY),), "wait_for_ready": True, "timeout": 20}
+    check = channel.unary_unary("/grpc.health.v1.Health/Check")
+    reflection = channel.stream_unary("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")
+    assert await code_of(check(b"", **known)) is None
+    assert await code_of(check(b"")) is grpc.StatusCode.UNAUTHENTICATED
+    assert await code_of(reflection(iter([b""]))) is grpc.StatusCode.UNAUTHENTICATED
+    assert await code_of(reflection(iter([b""]), **known)) is not grpc.StatusCode.UNAUTHENTICATED
 
 
 async def code_of(call: Awaitable[Any]) -> grpc.StatusCode | None:
