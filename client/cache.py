@@ -79,7 +79,7 @@ async def warm(client: Client, texts: list[str], voice: str, language: str, cons
     """Has each text made that is not in the cache yet, behind all who wait for something."""
     warmed, pending = Warmed(), iter(texts)
     columns = (TextColumn("warming"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=len(texts))
 
         async def worker() -> None:

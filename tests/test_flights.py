@@ -78,7 +78,8 @@ async def test_two_hundred_callers_over_two_gateways_make_one_speech(stack: Stac
     assert len({one.starts[0].request_id for one in heard}) == 200
     statuses = [one.starts[0].cache_status for one in heard]
     assert statuses.count(MISS) == 1
-    assert set(statuses) == {MISS, COALESCED}
+    assert COALESCED in statuses
+    assert set(statuses) <= {MISS, COALESCED, HIT}  # on a busy machine some come when it is over
     # And afterwards it costs nothing.
     later = await hear(doors[0])
     assert (later.starts[0].cache_status, later.audio) == (HIT, heard[0].audio)

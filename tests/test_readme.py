@@ -40,7 +40,8 @@ def served() -> Iterator[dict[str, str]]:
     ) as process:
         printed = "".join(until_line(process, "Ctrl-C stops everything"))
         assert "hello.wav: " in printed
-        yield environment({"CHORUS_ADDRESS": where["CHORUS_GATEWAY_LISTEN"]})
+        place = {"XDG_STATE_HOME": env["XDG_STATE_HOME"]}
+        yield environment({"CHORUS_ADDRESS": where["CHORUS_GATEWAY_LISTEN"]} | place)
         up = subprocess.run(["pgrep", "-P", str(process.pid), "-a"], capture_output=True, text=True, check=False)
         for line in up.stdout.splitlines():
             os.kill(int(line.split()[0]), signal.SIGINT)

@@ -525,7 +525,7 @@ async def test_who_had_ended_is_told_so_by_a_thread_that_dies(monkeypatch: pytes
     engine = VirtualEngine(slots=2)
     died = asyncio.Event()
     async with running(engine, on_death=died.set) as runner:
-        other = asyncio.create_task(hear(runner, engine, engine.segments(1000)))
+        other = asyncio.create_task(hear(runner, engine, engine.segments(*[1000] * 500)))
         async with runner.speak(engine.segments(1), max_rows=1, closed=False) as speaking:
             assert [type(await speaking.get()) for _ in range(2)] == [Audio, SegmentEnded]
             engine.gate.close()
