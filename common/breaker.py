@@ -44,9 +44,9 @@ class Breaker:
         self._failures = 0
         self._next_probe = None
 
-    def failed(self) -> None:
-        """There was none."""
-        self._failures += 1
+    def failed(self, *, costly: bool = False) -> None:
+        """There was none. `costly`: it was waited for, so nobody else is to wait for another."""
+        self._failures += FAILURES if costly else 1
         if self._failures >= FAILURES and self._next_probe is None:
             self._next_probe = self._clock() + self._pause()
 

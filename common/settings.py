@@ -204,7 +204,7 @@ class StoreSettings(Section):
     """URL of the server that must not forget: limits, idempotency keys. `redis://`, `rediss://` or `unix://`."""
     cache: SecretStr | None = None
     """URL of the server that may forget: results. Default: the ledger."""
-    budget: PositiveSeconds = 0.03
+    budget: PositiveSeconds = 0.02
     """Seconds that a call waits for an answer; then it goes on without."""
     folder: Path | None = None
     """Where what must not be lost lies on disk, if there is no other place. Default: `chorus` in the user's state."""

@@ -92,12 +92,15 @@ async def open_stores(settings: Settings) -> AsyncIterator[tuple[Store, Store]]:
     """The ledger and the cache's store, closed in the end."""
     store = settings.store
     ledger = Store("ledger", _plain(store.ledger), store)
-    cache = Store("cache", _plain(store.cache or store.ledger), store)
+    apart = store.cache is not None and store.cache != store.ledger
+    # One server has one breaker: who has waited for it in vain once does not wait again.
+    cache = Store("cache", _plain(store.cache), store) if apart else ledger
     try:
         yield ledger, cache
     finally:
         await ledger.close()
-        await cache.close()
+        if apart:
+            await cache.close()
 
 
 def _revision(settings: Settings, channel: grpc.aio.Channel) -> Revision:

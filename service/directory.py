@@ -46,6 +46,7 @@ class Directory:
         self._store = store
         self._address = address
         self._kept_seconds = kept_seconds
+        self._endings: set[asyncio.Task[None]] = set()
 
     async def listed(self, key: str, messages: Messages, *, here: bool) -> Messages:
         """A speech that is in the directory while it is made; without a store it is just made.
@@ -78,16 +79,24 @@ class Directory:
                 retry_after=0.0,
             )
         keeping = asyncio.create_task(self._keep(name, mine))
+        whole = False
         try:
             yield
-        except BaseException:
+            whole = True
+        finally:
             keeping.cancel()
-            with suppress(StoreUnavailable):
-                await asyncio.shield(self._store.run(LEAVE, [name], [mine]))
-            raise
-        keeping.cancel()
+            # Nobody waits for it: a lease that is not ended ends by itself.
+            ending = asyncio.create_task(self._end(name, mine, whole=whole))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+
+    async def _end(self, name: str, mine: str, *, whole: bool) -> None:
+        """Keeps the entry for a while where there is something to hear, and else takes it out."""
         with suppress(StoreUnavailable):
-            await self._store.run(KEEP, [name], [mine, max(1, _ms(self._kept_seconds))])
+            if whole and self._kept_seconds:
+                await self._store.run(KEEP, [name], [mine, _ms(self._kept_seconds)])
+            else:
+                await self._store.run(LEAVE, [name], [mine])
 
     async def _keep(self, name: str, mine: str) -> None:
         while True:
