@@ -114,7 +114,7 @@ async def test_the_last_leaves_and_its_place_is_free(stack: Stack, valkey: Valke
     call.cancel()
     await service.until_metric("chorus_batcher_requests", 0)
     await service.until_metric("chorus_flights_open", 0)
-    assert service.metric("chorus_batcher_slots_free") == SLOW["tone_slots"]
+    await service.until_metric("chorus_batcher_slots_free", SLOW["tone_slots"])
 
 
 async def test_a_failure_reaches_all_and_nothing_of_it_is_kept(stack: Stack, valkey: Valkey) -> None:
@@ -324,7 +324,7 @@ async def test_random_joins_and_cancels_leave_nothing_behind(stack: Stack, valke
     assert any(whole_ones)
     for name in ("chorus_batcher_requests", "chorus_flights_open", "chorus_calls_active"):
         await service.until_metric(name, 0)
-    assert service.metric("chorus_batcher_slots_free") == SLOW["tone_slots"]
+    await service.until_metric("chorus_batcher_slots_free", SLOW["tone_slots"])
     for gateway in gateways:
         await gateway.until_metric("chorus_calls_active", 0)
         assert not [line for line in gateway.log() if line["level"] == "error"]
