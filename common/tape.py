@@ -55,6 +55,7 @@ class Tape(Generic[M]):
         self._waiting: set[asyncio.Future[None]] = set()
         self._room: asyncio.Future[None] | None = None
         self._task = asyncio.create_task(self._run(source))
+        self._task.add_done_callback(self._closed)
         # Whoever started it may be cancelled before it follows.
         loop = asyncio.get_running_loop()
         self._lingering: asyncio.TimerHandle | None = loop.call_later(max(linger, UNHEARD_SECONDS), self.cancel)
@@ -156,6 +157,10 @@ class Tape(Generic[M]):
         while len(self.messages) - self._fastest >= AHEAD:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
+
+    def _closed(self, task: asyncio.Task[None]) -> None:
+        if not self.over:  # it was cancelled before its first step
+            self._end(Abandoned())
 
     def _end(self, failure: BaseException | None) -> None:
         if failure is None:

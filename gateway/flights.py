@@ -50,6 +50,12 @@ class Flights:
         self._streams: dict[bytes, Tape[SpeechMessage]] = {}
         self._wholes: dict[bytes, Tape[tts_pb2.SynthesizeResponse]] = {}
 
+    @property
+    def full(self) -> bool:
+        """There is no room for what others may join: what is asked for now is made for itself."""
+        tapes: list[Tape[Any]] = [*self._streams.values(), *self._wholes.values()]
+        return sum(tape.bytes for tape in tapes) >= self._settings.flights.bytes
+
     def running(self, key: bytes) -> bool:
         """Whether a call for this speech could join another of this gateway."""
         tapes = (self._streams.get(key), self._wholes.get(key))
@@ -169,7 +175,10 @@ class Flights:
             if not _is_gone(error):
                 raise
         here = keyed.saying((INTERNAL_RUN_HERE, "1"))
-        return cast("tts_pb2.SynthesizeResponse", await forward(self._any.Synthesize, request, here))
+        try:
+            return cast("tts_pb2.SynthesizeResponse", await forward(self._any.Synthesize, request, here))
+        except ChorusError as error:
+            raise (_nowhere() if error.reason == FLIGHT_ELSEWHERE else error) from error
 
     async def _ask_for_stream(
         self, request: tts_pb2.StreamSynthesizeRequest, turn: Turn, wanted: Wanted
@@ -180,7 +189,7 @@ class Flights:
             lambda address: forward_stream(self._at(address).StreamSynthesize, request, keyed),
             lambda _: forward_stream(self._any.StreamSynthesize, request, keyed.saying((INTERNAL_RUN_HERE, "1"))),
         ]
-        address, samples = "", 0
+        address, samples, told = "", 0, False
         for number, attempt in enumerate(attempts):
             try:
                 async with aclosing(attempt(address)) as replies:
@@ -188,12 +197,15 @@ class Flights:
                         message = getattr(reply, reply.WhichOneof("message"))
                         if isinstance(message, tts_pb2.AudioChunk):
                             samples = message.start_sample + len(message.data) // 2
+                        told = True
                         yield message
                 return
             except ChorusError as error:
-                if samples:
+                if told:
                     raise _cut(error, samples) from error
                 last = number == len(attempts) - 1
+                if last and error.reason == FLIGHT_ELSEWHERE:
+                    raise _nowhere() from error
                 if not last and error.reason == FLIGHT_ELSEWHERE:
                     address = error.metadata["backend"]
                 elif last or number == 0 or not _is_gone(error):
@@ -215,6 +227,10 @@ class Flights:
 
 def _is_gone(error: ChorusError) -> bool:
     return error.code is grpc.StatusCode.UNAVAILABLE or error.reason == FLIGHT_ELSEWHERE
+
+
+def _nowhere() -> Unavailable:
+    return Unavailable("no backend could answer; try again", "BACKEND_UNAVAILABLE", retry_after=1.0)
 
 
 def _cut(error: ChorusError, samples: int) -> ChorusError:

@@ -88,7 +88,7 @@ class Speech:
             if master.seconds > max_reply_seconds(master.start.format.sample_rate_hertz, self._settings.limits):
                 raise too_long()
             reply = master.whole(turn.call.request_id)
-        elif wanted is None:
+        elif wanted is None or not self._shareable(wanted):
             reply = await self._alone(request, turn)
         else:
             reply = await self._together(wanted, _canonical(request), turn)
@@ -139,7 +139,7 @@ class Speech:
         restore = restorer(request.text)
         if (master := await self._found(wanted, tags, control)) is not None:
             messages = _replayed(master, turn)
-        elif wanted is None:
+        elif wanted is None or not self._shareable(wanted):
             messages = self._stream_alone(request, turn)
         else:
             messages = self._stream_together(wanted, _canonical(request), turn)
@@ -277,6 +277,9 @@ class Speech:
         tenant = self._tenants.get(turn.call.tenant)
         scope = tenant.name if tenant.cache_scope == "tenant" else ""
         return speech_key(request, self._revision.current, scope)
+
+    def _shareable(self, wanted: Wanted) -> bool:
+        return self._flights.running(wanted.key) or not self._flights.full
 
     def _landed(self, key: bytes, tags: Tags, asked: Generations, master: Master) -> None:
         """A speech is whole. One of another revision than its key's is not kept."""

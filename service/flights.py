@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from common import metrics
-from common.errors import DeadlineExceeded, Unavailable
+from common.errors import Aborted, DeadlineExceeded, Unavailable
 from common.settings import FlightSettings
 from common.speech import SpeechMessage
 from common.tape import Abandoned, Tape
@@ -63,10 +63,9 @@ class Flights:
         """Of all recordings."""
         return sum(flight.tape.bytes for flight in self._flights.values())
 
-    @property
-    def full(self) -> bool:
-        """There is no room for one more: what comes now is spoken for itself."""
-        return self.bytes >= self._settings.bytes
+    def room(self, key: str) -> bool:
+        """Whether a speech can be joined, or begun so that others can join it."""
+        return key in self._flights or self.bytes < self._settings.bytes
 
     async def follow(
         self, key: str, deadline: Deadline, start: Callable[[Deadline], Messages], *, here: bool
@@ -98,6 +97,10 @@ class Flights:
                         heard = True
                         yield _copy(message), joined
                 return
+            except Aborted:
+                if joined and here and not heard:
+                    continue  # that one was not to be spoken here at any price: this one is
+                raise
             except (Abandoned, DeadlineExceeded) as error:
                 if not heard and joined:
                     continue  # it was about to end when this caller came

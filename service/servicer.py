@@ -203,7 +203,7 @@ class Servicer(
         def start(deadline: Deadline) -> Messages:
             return self._speak(manner, WholeText(text, manner.language), terms, deadline)
 
-        if key is None or text_value(metadata, INTERNAL_REVISION) != self._revision or self._flights.full:
+        if key is None or text_value(metadata, INTERNAL_REVISION) != self._revision or not self._flights.room(key):
             async with aclosing(start(Deadline(admission, deadline))) as alone:
                 async for message in alone:
                     yield message

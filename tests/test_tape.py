@@ -128,6 +128,17 @@ async def test_one_that_nobody_ever_hears_ends(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(tape.failure, Abandoned)
 
 
+async def test_one_that_is_cancelled_at_once_ends_too() -> None:
+    told: list[Tape[int]] = []
+    tape = Tape(Source(1).run(), done=told.append)
+    tape.cancel()
+    await tape.wait_closed()
+    await settle()
+    assert told == [tape]
+    with pytest.raises(Abandoned):
+        await heard(tape)
+
+
 async def test_done_is_told_once_before_anybody_hears_of_the_end() -> None:
     order: list[str] = []
     source = Source(1)
