@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import grpc
@@ -36,6 +37,8 @@ class Child:
     variables: Mapping[str, str]
     embedded: Embedded | None = None
     """A store, and no process of ours."""
+    tls: bool = False
+    """It tells its health to those only whom it believes: that it listens must do."""
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
     failed: bool = field(default=False)
@@ -126,9 +129,14 @@ def plan(settings: Settings, cards: int, stores: Sequence[Embedded]) -> Children
         }
         if cards > 1:
             variables |= {"CHORUS_TONE_CARD": str(card), "CUDA_VISIBLE_DEVICES": str(card)}
-        services.append(Child("service", address, variables))
+        services.append(Child("service", address, variables, tls=settings.tls.certificate is not None))
     backends = ",".join(service.address for service in services)
-    gateway = Child("gateway", settings.gateway.listen, known | {"CHORUS_GATEWAY_BACKENDS": backends})
+    gateway = Child(
+        "gateway",
+        settings.gateway.listen,
+        known | {"CHORUS_GATEWAY_BACKENDS": backends},
+        tls=settings.tls.certificate is not None,
+    )
     return Children([Child(store.name, f"unix:{store.socket}", {}, store) for store in stores], services, gateway)
 
 
@@ -184,6 +192,11 @@ async def _wait_until_ready(children: list[Child]) -> None:
                 _check_in_time(child, children, deadline)
                 await asyncio.sleep(POLL_SECONDS)
             continue
+        if child.tls:
+            while not await asyncio.to_thread(_is_there, child.address):
+                _check_in_time(child, children, deadline)
+                await asyncio.sleep(POLL_SECONDS)
+            continue
         async with grpc.aio.insecure_channel(
             child.address, options=[("grpc.max_reconnect_backoff_ms", 200)]
         ) as channel:
@@ -196,6 +209,13 @@ def _check_in_time(child: Child, children: list[Child], deadline: float) -> None
     _check_alive(children)
     if time.monotonic() > deadline:
         raise StartupError(f"the {child.role} on {child.address} did not come up in {READY_SECONDS:.0f} s")
+
+
+def _is_there(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):
+        return True
+    return False
 
 
 def _answers(store: Embedded) -> bool:

@@ -89,6 +89,7 @@ class Speech:
                 raise too_long()
             reply = master.whole(turn.call.request_id)
         elif wanted is None or not self._shareable(wanted):
+            restore = None  # its own text was spoken
             reply = await self._alone(request, turn)
         else:
             reply = await self._together(wanted, _canonical(request), turn)
@@ -140,6 +141,7 @@ class Speech:
         if (master := await self._found(wanted, tags, control)) is not None:
             messages = _replayed(master, turn)
         elif wanted is None or not self._shareable(wanted):
+            restore = None  # its own text is spoken
             messages = self._stream_alone(request, turn)
         else:
             messages = self._stream_together(wanted, _canonical(request), turn)

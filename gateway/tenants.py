@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from common.errors import StartupError, Unauthenticated
 from common.logs import logger
@@ -21,6 +21,8 @@ from common.settings import Count, PositiveSeconds, Section
 
 ANYONE = "anyone"
 """The tenant of callers who are not told apart."""
+RESERVED = frozenset({ANYONE, "direct", "gateway"})
+"""Names that mean something in logs and to services."""
 POLL_SECONDS = 1.0
 PREFIX = "sha256:"
 BEARER = "bearer "
@@ -85,7 +87,15 @@ class _Entry(Section):
     priority: Priority = "interactive"
     cache_scope: Literal["shared", "tenant"] = "shared"
 
+    @model_validator(mode="after")
+    def _check_bursts(self) -> _Entry:
+        for kind in ("requests", "audio_seconds"):
+            if getattr(self, f"{kind}_burst") is not None and getattr(self, f"{kind}_per_second") is None:
+                raise ValueError(f"{kind}_burst means nothing without {kind}_per_second")
+        return self
+
     def tenant(self, name: str) -> Tenant:
+        """As the gateway has it."""
         return Tenant(
             name,
             _bucket(self.requests_per_second, self.requests_burst),
@@ -129,6 +139,8 @@ def read_tenants(path: Path) -> Registry:
         raise StartupError(f"the tenants' file {path} is not TOML: {error}") from None
     except (ValidationError, TypeError) as error:
         raise StartupError(f"the tenants' file {path} is wrong:\n{_faults(error)}") from None
+    if reserved := RESERVED & file.tenants.keys():
+        raise StartupError(f"the tenants' file {path} is wrong:\n  {', '.join(reserved)}: this name is Chorus's own")
     names: dict[bytes, tuple[bytes, str]] = {}
     for name, entry in file.tenants.items():
         for key in entry.keys:
@@ -150,6 +162,7 @@ class Tenants:
         self._path = path
         self._seen = _version(path)
         self._registry = Registry({}, {}) if path is None else read_tenants(path)
+        self._known = dict(self._registry.tenants)
 
     def identify(self, metadata: Metadata, peer: str) -> str:
         """The tenant of a call. What a caller says in internal metadata is not heard.
@@ -170,8 +183,8 @@ class Tenants:
         return name
 
     def get(self, name: str) -> Tenant:
-        """A tenant by its name; one that was taken out of the file meanwhile has no limits of its own any more."""
-        return self._registry.tenants.get(name) or Tenant(name)
+        """A tenant by its name; one that was taken out of the file is what it was, for calls that still run."""
+        return self._known.get(name) or Tenant(name)
 
     def all(self) -> tuple[Tenant, ...]:
         """All of them, in the file's order."""
@@ -194,6 +207,7 @@ class Tenants:
         except StartupError as error:
             logger().error("the tenants' file is wrong: the tenants stay as they were", fault=str(error))
         else:
+            self._known |= self._registry.tenants
             logger().info("tenants read again", tenants=len(self._registry.tenants))
 
 

@@ -174,6 +174,18 @@ async def test_a_hot_text_is_encoded_once(stack: Stack, valkey: Valkey) -> None:
     assert gateways[0].metric("chorus_encoders_audio_seconds_total") == pytest.approx(2 * seconds, rel=0.1)
 
 
+@pytest.mark.parametrize("control", ["no-store", ""])
+async def test_marks_are_of_the_callers_own_text(stack: Stack, valkey: Valkey, control: str) -> None:
+    _, gateways = await two(stack, valkey.url)
+    door, text = Door(gateways[0]), f"  {TEXT}\n And more e\u0301.  "
+    for _ in range(2):
+        for call in (whole, hear):
+            heard = await call(door, text, metadata=(("cache-control", control),))
+            pieces = [text.encode()[mark.start_byte : mark.end_byte].decode() for mark in heard.marks]
+            assert "".join(pieces) == text
+            assert len(pieces) == 2
+
+
 async def test_only_what_is_in_the_cache(stack: Stack, valkey: Valkey) -> None:
     service, gateways = await two(stack, valkey.url)
     door, only = Door(gateways[0]), (("x-chorus-only-cached", "1"),)

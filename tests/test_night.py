@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +62,7 @@ async def test_at_four_times_the_limit_the_admitted_are_served_and_the_patient_a
     service = await stack.service(tone_step_base_ms=0.2, tone_steps_per_character=1)
     gateways = [await stack.gateway(service, **limits) for _ in range(2)]
     doors = [Door(gateway) for gateway in gateways]
-    night = Night()
+    night, began = Night(), time.monotonic()
     async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         for number in range(CALLERS):
             group.create_task(call(doors[number % 2], number, night))
@@ -69,6 +70,8 @@ async def test_at_four_times_the_limit_the_admitted_are_served_and_the_patient_a
     # Nobody who was admitted missed the deadline, and everybody was served in the end.
     assert set(night.outcomes) == {"OK", "RESOURCE_EXHAUSTED"}
     assert night.outcomes["OK"] == CALLERS
+    # Nobody came in sooner than the limit lets them, on both gateways together.
+    assert time.monotonic() - began >= (CALLERS - RATE // 4) / RATE - 0.05
     # The delays are right: whoever obeys them calls not many times more.
     assert sum(night.attempts) <= 4 * CALLERS
     for failed in night.refused:

@@ -95,6 +95,8 @@ def test_without_a_file_everybody_is_the_same() -> None:
         ("[tenants.acme]\nconcurrent = 0", "tenants.acme.concurrent"),
         ("[tenants.acme]\npriority = 'high'", "tenants.acme.priority"),
         ("[tenants.'A b']", "tenants"),
+        ("[tenants.acme]\nrequests_burst = 5", "without requests_per_second"),
+        ("[tenants.gateway]", "Chorus's own"),
         ("[tenants.acme]\nkeys = ['s3cret']", "never the key itself"),
         (f"[tenants.a]\nkeys = ['{hashed('x')}']\n[tenants.b]\nkeys = ['{hashed('x')}']", "two tenants"),
     ],
@@ -125,6 +127,8 @@ def test_a_change_is_seen_and_a_faulty_one_changes_nothing(tmp_path: Path) -> No
     assert tenants.identify((("x-api-key", KEY),), "") == "new"
     with pytest.raises(Unauthenticated):
         tenants.identify((("x-api-key", OTHER),), "")
+    # For calls of it that still run.
+    assert tenants.get("acme").cache_scope == "tenant"
 
 
 async def test_a_gateway_asks_for_a_key_and_tells_it_to_nobody(stack: Stack, tmp_path: Path) -> None:
