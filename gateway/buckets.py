@@ -36,7 +36,7 @@ local function filled(key, rate, burst, time)
 end
 local function save(key, level, at, rate, burst)
   redis.call('HSET', key, 'level', string.format('%.17g', level), 'at', string.format('%.0f', at))
-  redis.call('PEXPIRE', key, math.min(864e5, math.ceil(2 * (burst + math.max(0, -level)) / rate) + 1000))
+  redis.call('PEXPIRE', key, math.min(3.2e10, math.ceil(2 * (burst + math.max(0, -level)) / rate) + 1000))
 end
 local function bucket(first, i)
   local at = first + 3 * (i - 1)
@@ -130,6 +130,8 @@ class Granted:
     """So much may be spent, in units."""
 
     amount: int
+    alone: bool = False
+    """Without the ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,7 @@ class LocalBuckets:
                 return Short(scope, math.ceil(missing / rate * 1000) / 1000)
         for scope, level in zip(scopes, levels, strict=True):
             self._levels[scope.key] = (level - cost, self._clock())
-        return Granted(cost)
+        return Granted(cost, alone=True)
 
     def give(self, scopes: Sequence[Scope], amount: int) -> None:
         """Puts back, or takes after all if it is negative."""

@@ -41,6 +41,14 @@ class _Demand:
         return int(self.per_second * BLOCK_SECONDS)
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Spent."""
+
+    alone: bool
+    """From what this gateway may spend without the ledger: so a refund goes there too."""
+
+
 @dataclass
 class _Promise:
     """When those who are refused may come again: one by one, as fast as the bucket fills."""
@@ -54,6 +62,8 @@ class _Promise:
     """From then on, what the bucket gets is not promised to this gateway."""
     step: float
     """Seconds in which the bucket gets a unit, for this gateway."""
+    cost: int
+    """What was refused. For less there may be enough."""
 
     def holds(self, now: float) -> bool:
         """Whether one more can be refused within it."""
@@ -79,9 +89,7 @@ class Pool:
     parts: int
     """Gateways that there are."""
     at_hand: int = 0
-    _borrowed: bool = False
-    """What is at hand came from the ledger."""
-    _queue: deque[tuple[int, asyncio.Future[Short | None]]] = field(default_factory=deque)
+    _queue: deque[tuple[int, asyncio.Future[Short | Taken]]] = field(default_factory=deque)
     _asking: asyncio.Task[None] | None = None
     _promise: _Promise | None = None
     _spent_at: float = 0.0
@@ -90,15 +98,15 @@ class Pool:
     def __post_init__(self) -> None:
         self._demand = _Demand(self.clock())
 
-    async def take(self, cost: int) -> Short | None:
+    async def take(self, cost: int) -> Short | Taken:
         """Spends, or says what is short and when to come again. A cancel while it waits spends nothing."""
         now = self.clock()
         self._demand.add(cost, now)
         if not self._queue and cost <= self.at_hand:
             self.at_hand -= cost
             self._spent_at = now
-            return None
-        if self._promise is not None and self._promise.holds(now):
+            return Taken(alone=False)
+        if self._promise is not None and cost >= self._promise.cost and self._promise.holds(now):
             return self._promise.refuse(cost, now)
         if len(self._queue) >= MAX_QUEUED:
             return Short(self.scopes[0], 1.0)
@@ -107,23 +115,22 @@ class Pool:
             if isinstance(got, _Promise):
                 self._promise = got
                 return got.refuse(cost, now)
-            return None
-        answer: asyncio.Future[Short | None] = asyncio.get_running_loop().create_future()
+            return Taken(alone=True)
+        answer: asyncio.Future[Short | Taken] = asyncio.get_running_loop().create_future()
         self._queue.append((cost, answer))
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask())
         try:
             return await answer
         except asyncio.CancelledError:
-            if answer.done() and not answer.cancelled() and answer.result() is None:
+            if answer.done() and not answer.cancelled() and isinstance(answer.result(), Taken):
                 self.at_hand += cost  # it was served in the moment in which it left
             raise
 
-    async def give(self, amount: int) -> None:
-        """Puts back what was taken too much, or takes what was too little."""
-        if amount >= 0 and self.leasing and self._borrowed:
-            self.at_hand += amount
-            self._spent_at = self.clock()
+    async def give(self, amount: int, taken: Taken) -> None:
+        """Puts back what was taken too much, or takes what was too little: where it came from, within the burst."""
+        if taken.alone:
+            self.local.give(self.scopes, amount)
         elif amount:
             await self._return(amount)
 
@@ -155,7 +162,9 @@ class Pool:
                         continue
                     self.at_hand += got.amount
                     self._promise = None
-                self._serve()
+                    self._serve(Taken(alone=got.alone))
+                    continue
+                self._serve(Taken(alone=False))
         finally:
             self._asking = None
             while self._queue:  # only if this was cancelled
@@ -170,30 +179,29 @@ class Pool:
             got = await self.shared.take(self.scopes, cost, want, promise)
         except StoreUnavailable:
             return self._alone(cost)
-        self._borrowed = True
-        return self._promised(got, promise, 1) if isinstance(got, Short) else got
+        return self._promised(got, promise, 1, cost) if isinstance(got, Short) else got
 
     def _alone(self, cost: int) -> Granted | _Promise:
         """From what this gateway may spend without the ledger."""
         metrics.LIMITER_DEGRADED.inc()
         local = self.local.take(self.scopes, cost)
-        return self._promised(local, math.inf, self.parts) if isinstance(local, Short) else local
+        return self._promised(local, math.inf, self.parts, cost) if isinstance(local, Short) else local
 
-    def _promised(self, short: Short, units: float, parts: int) -> _Promise:
+    def _promised(self, short: Short, units: float, parts: int, cost: int) -> _Promise:
         now, step = self.clock(), parts / (short.scope.bucket.rate * UNITS)
         due = now + max(short.seconds, short.free_seconds)
-        return _Promise(short.scope, now + short.seconds, due, due + units * step, step)
+        return _Promise(short.scope, now + short.seconds, due, due + units * step, step, cost)
 
     def _waiting(self) -> int:
         return sum(cost for cost, answer in self._queue if not answer.done())
 
-    def _serve(self) -> None:
+    def _serve(self, taken: Taken) -> None:
         while self._queue and self._queue[0][0] <= self.at_hand:
             cost, answer = self._queue.popleft()
             if not answer.done():
                 self.at_hand -= cost
                 self._spent_at = self.clock()
-                answer.set_result(None)
+                answer.set_result(taken)
 
     def _deny(self, promise: _Promise) -> None:
         """Refuses all who wait, each with a time of its own."""

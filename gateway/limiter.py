@@ -16,7 +16,7 @@ from common.metadata import Priority
 from common.settings import LimiterSettings
 from common.store import Store
 from gateway.buckets import UNITS, LocalBuckets, Scope, SharedBuckets
-from gateway.leases import Pool
+from gateway.leases import Pool, Taken
 from gateway.places import Places
 from gateway.tenants import Bucket, Tenant
 
@@ -51,6 +51,7 @@ class Admission:
         self._tenant = tenant
         self._priority = priority
         self._held: int | None = None
+        self._taken = Taken(alone=False)
 
     async def hold(self, seconds: float) -> None:
         """Charges an estimate in seconds of audio, beside what is charged already.
@@ -59,7 +60,10 @@ class Admission:
             ResourceExhausted: it is too much now.
         """
         cost = max(1, round(seconds * UNITS))
-        await self._limiter._spend(self._tenant, "audio", self._priority, cost)
+        taken = await self._limiter._spend(self._tenant, "audio", self._priority, cost)
+        if taken is None:
+            return  # nothing limits it, or the limit is a shadow
+        self._taken = taken
         if self._held is None:
             metrics.HOLDS.inc()
         self._held = (self._held or 0) + cost
@@ -70,7 +74,7 @@ class Admission:
             return
         held, self._held = self._held, None
         metrics.HOLDS.dec()
-        self._limiter._settle(self._tenant, self._priority, held - round(seconds * UNITS))
+        self._limiter._settle(self._tenant, self._priority, held - round(seconds * UNITS), self._taken)
 
     def close(self) -> None:
         """Nothing will be settled any more."""
@@ -175,14 +179,15 @@ class Limiter:
         )
         return False
 
-    async def _spend(self, tenant: Tenant, kind: Kind, priority: Priority, cost: int) -> None:
+    async def _spend(self, tenant: Tenant, kind: Kind, priority: Priority, cost: int) -> Taken | None:
+        """Spends; None: nothing was spent, since nothing limits it."""
         pool = self._pool(tenant, kind, priority)
         if pool is None:
-            return
+            return None
         short = await pool.take(cost)
-        if short is None:
+        if isinstance(short, Taken):
             self._count(tenant, kind, "admitted")
-            return
+            return short
         self._refuse(
             tenant,
             "RATE_LIMITED",
@@ -191,6 +196,7 @@ class Limiter:
             short.seconds,
             short.scope.quota,
         )
+        return None
 
     def _refuse(self, tenant: Tenant, reason: str, limit: str, message: str, seconds: float, quota: str) -> None:
         if self._settings.mode == "shadow":
@@ -199,11 +205,11 @@ class Limiter:
         self._count(tenant, limit, "refused")
         raise ResourceExhausted(message, reason, retry_after=seconds, quota=quota)
 
-    def _settle(self, tenant: Tenant, priority: Priority, amount: int) -> None:
+    def _settle(self, tenant: Tenant, priority: Priority, amount: int, taken: Taken) -> None:
         pool = self._pool(tenant, "audio", priority)
         if pool is None or not amount or len(self._settling) >= MAX_SETTLING:
             return
-        task = asyncio.create_task(pool.give(amount))
+        task = asyncio.create_task(pool.give(amount, taken))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
 
