@@ -61,7 +61,8 @@ class Flights:
     @property
     def bytes(self) -> int:
         """Of all recordings."""
-        return sum(flight.tape.bytes for flight in self._flights.values())
+        # Metrics are read on another thread, while flights come and go.
+        return sum(flight.tape.bytes for flight in tuple(self._flights.values()))
 
     def room(self, key: str) -> bool:
         """Whether a speech can be joined, or begun so that others can join it."""
