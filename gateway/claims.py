@@ -7,12 +7,14 @@ longer its own: nothing of it is kept.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 
-from common.store import Script, Store, Word
+from common.store import Script, Store, StoreUnavailable, Word
 
 LEASE_SECONDS = 30.0
 KEPT_SECONDS = 86_400.0
@@ -99,10 +101,23 @@ class Claim:
     keyed: Keyed
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    @property
+    def unique(self) -> str:
+        """A name that no other claim has, not even one of the same call."""
+        return f"{self.keyed.name.partition(':')[2]}-{self.token}"
+
     async def take(self) -> tuple[State, bytes]:
-        """Claims it, if nobody has; and the record, if there is one."""
+        """Claims it, if nobody has; and the record, if there is one. Whoever is cancelled meanwhile has no claim."""
         words: list[Word] = [self.keyed.fingerprint, self.token, _ms(LEASE_SECONDS)]
-        state, record = await self.ledger.run(CLAIM, [self.keyed.name], words)
+        taking = asyncio.ensure_future(self.ledger.run(CLAIM, [self.keyed.name], words))
+        try:
+            state, record = await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            # To free it before it is known to be taken could come first.
+            with suppress(StoreUnavailable):
+                await taking
+                await self.free()
+            raise
         return State(state), record
 
     async def renew(self) -> bool:

@@ -22,7 +22,7 @@ from common.objects import Objects
 from common.store import Store, StoreUnavailable
 from common.tape import Abandoned, Tape
 from gateway.claims import KEPT_SECONDS, LEASE_SECONDS, Claim, Keyed, State
-from gateway.records import MOST_BYTES, Record, get_record, is_kept, put_record
+from gateway.records import MOST_BYTES, Record, drop_record, get_record, is_kept, put_record
 
 TRAILER = "x-chorus-idempotency"
 """Tells how a keyed call was answered: claimed, joined, replayed, unavailable."""
@@ -215,40 +215,43 @@ class Idempotency:
         """Runs the call and keeps what came of it. The last message leaves only when all are kept."""
         parts: list[bytes] = []
         last: M | None = None
+        failure: ChorusError | None = None
         size, kept = 0, False
         async with _renewed(claim):
             try:
-                async with aclosing(make()) as messages:
-                    async for message in messages:
-                        data = message.SerializeToString()
-                        size += len(data)
-                        if size <= MOST_BYTES:
-                            parts.append(data)
-                        if last is not None:
-                            yield last
-                        last = message
-                if size <= MOST_BYTES:
-                    kept = await self._keep(claim, Record(parts))
-            except ChorusError as error:
-                if is_kept(error):
-                    kept = await self._keep(claim, Record(parts, error))
-                if last is not None:
-                    yield last
-                raise
+                try:
+                    async with aclosing(make()) as messages:
+                        async for message in messages:
+                            data = message.SerializeToString()
+                            size += len(data)
+                            if size <= MOST_BYTES:
+                                parts.append(data)
+                            else:
+                                parts.clear()
+                            if last is not None:
+                                yield last
+                            last = message
+                except ChorusError as error:
+                    failure = error
+                if size <= MOST_BYTES and (failure is None or is_kept(failure)):
+                    kept = await self._keep(claim, Record(parts, failure))
             finally:
                 if not kept:
                     with suppress(StoreUnavailable):
                         await asyncio.shield(claim.free())
         if last is not None:
             yield last
+        if failure is not None:
+            raise failure
 
     async def _keep(self, claim: Claim, record: Record) -> bool:
         try:
-            kept = await put_record(self._objects, claim.keyed.name.partition(":")[2], record.to_bytes())
+            kept = await put_record(self._objects, claim.unique, record.to_bytes())
             if await claim.finish(kept):
                 return True
             # Its lease ended while it was paused, and somebody else has run it since.
             _count("fenced")
+            await drop_record(self._objects, kept)
         except StoreUnavailable:
             _count("unavailable")
         return False

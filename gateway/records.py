@@ -52,7 +52,7 @@ class Record:
 
 
 async def put_record(objects: Objects, leaf: str, data: bytes) -> bytes:
-    """Puts a record where it belongs, and returns what the ledger keeps of it.
+    """Puts a record where it belongs, and returns what the ledger keeps of it. `leaf`: of a name that no other has.
 
     Raises:
         StoreUnavailable: the object store does not answer.
@@ -62,6 +62,16 @@ async def put_record(objects: Objects, leaf: str, data: bytes) -> bytes:
     name = objects.name("claims", leaf)
     await objects.put(name, data)
     return _POINTER + name.encode()
+
+
+async def drop_record(objects: Objects, kept: bytes) -> None:
+    """Forgets a record that the ledger does not keep.
+
+    Raises:
+        StoreUnavailable: it may still be there, until it is swept.
+    """
+    if kept[:1] == _POINTER:
+        await objects.delete(kept[1:].decode())
 
 
 async def get_record(objects: Objects, kept: bytes) -> Record | None:

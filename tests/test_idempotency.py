@@ -19,6 +19,7 @@ from common.errors import (
     DeadlineExceeded,
     InvalidArgument,
     OutOfRange,
+    Relayed,
     ResourceExhausted,
     Unavailable,
 )
@@ -207,6 +208,39 @@ async def test_a_dead_owners_claim_is_taken_over_and_it_is_fenced_when_it_wakes_
         assert (await ask(one, work)).audio == b"new1"  # and everybody else what was kept
 
 
+async def test_who_is_fenced_changes_nothing_of_what_is_kept(valkey: Valkey, tmp_path: Path) -> None:
+    def objects() -> int:
+        return sum(path.is_file() for path in (tmp_path / "objects").rglob("*"))
+
+    async with gateways(valkey.url, tmp_path, 2) as (one, other):
+        late, work = Work(b"late" * INLINE_BYTES), Work(b"new" * INLINE_BYTES)  # kept as objects
+        work.gate.set()
+        asleep = ask(one, late)
+        await until(lambda: late.runs)
+        async with valkey.client() as client:
+            await client.delete(keyed().name)  # as its lease's end does
+        kept = await ask(other, work)
+        late.gate.set()
+        assert await asleep != kept
+        for gateway in (one, other):
+            assert await ask(gateway, work) == kept
+        assert objects() == 1
+
+
+async def test_who_leaves_while_claiming_leaves_no_claim(valkey: Valkey, tmp_path: Path) -> None:
+    async with gateways(valkey.url, tmp_path) as (gateway,), valkey.client() as client:
+        for turns in range(40):  # of the event loop: before, while and after the ledger is asked
+            work, of = Work(), keyed(f"left after {turns}")
+            caller = ask(gateway, work, of)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            caller.cancel()
+            await asyncio.wait({caller})
+        await until(lambda: not gateway._runs)
+        await gateway._ledger.command("PING")  # whatever was sent before has arrived
+        assert not [key async for key in client.scan_iter("claim:*")]
+
+
 async def test_a_lease_ends_by_itself(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.claims.LEASE_SECONDS", 0.05)
     store = Store("ledger", valkey.url, PATIENT)
@@ -271,6 +305,28 @@ async def test_a_streams_retry_hears_all_of_it_and_its_failure(valkey: Valkey, t
         assert first == [bytes([number]) * 10_000 for number in range(5)]
         assert await hear(other) == first
         assert runs == 1
+
+
+async def test_what_is_too_large_is_not_kept_in_part(
+    valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.idempotency.MOST_BYTES", 25_000)
+
+    async def make() -> AsyncGenerator[Reply, None]:
+        for number in range(5):
+            yield Reply(audio=bytes([number]) * 10_000)
+        raise OutOfRange("too long", "AUDIO_TOO_LONG")
+
+    async def hear(gateway: Idempotency) -> int:
+        heard = 0
+        with suppress(OutOfRange, Relayed):
+            async with aclosing(gateway.stream(keyed(), Reply, make)) as replies:
+                async for _ in replies:
+                    heard += 1
+        return heard
+
+    async with gateways(valkey.url, tmp_path, 2) as (one, other):
+        assert [await hear(one), await hear(other)] == [5, 5]
 
 
 async def test_many_gateways_many_callers_who_come_and_go(valkey: Valkey, tmp_path: Path) -> None:
