@@ -51,7 +51,7 @@ def connect(name: str, url: str, settings: StoreSettings) -> Any:
         return Redis.from_url(
             url, retry=Retry(NoBackoff(), 0), max_connections=CONNECTIONS, **parse_url(url), **options, **tls
         )
-    except ValueError:
+    except (ValueError, TypeError):
         raise StartupError(
             f"store.{name} is no URL of a store; write it as redis://host:6379/0, rediss://, unix://, "
             f"{SENTINEL}://host:port,host:port/service, or {CLUSTER}://host:port"
