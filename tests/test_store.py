@@ -8,6 +8,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -200,6 +201,20 @@ async def test_a_master_is_found_through_sentinels(valkey: Valkey, tmp_path: Pat
         async with valkey.client() as client:
             await client.select(1)
             assert await client.get("a") == b"through a sentinel"
+
+
+async def test_a_cluster_of_one(tmp_path: Path) -> None:
+    options = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    async with running_valkey(tmp_path, *options) as server, server.client() as client:
+        run: Any = client.execute_command
+        await run("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        async with asyncio.timeout(30):
+            while "ok" not in str(await run("CLUSTER", "INFO")).split("cluster_state")[1][:8]:
+                await asyncio.sleep(0.1)
+        async with opened(f"redis+cluster://127.0.0.1:{server.port}") as store:
+            replies = await asyncio.gather(*(store.command("INCR", f"key {number}") for number in range(20)))
+            assert replies == [1] * 20
+            assert await store.run(COUNT, ["n"], [1]) == 1
 
 
 async def test_without_a_url_nothing_is_available() -> None:
