@@ -167,7 +167,7 @@ async def test_barge_in_frees_everything_at_once(stack: Stack) -> None:
     assert heard.end.finish_reason == tts_pb2.FINISH_REASON_CANCELLED
     assert heard.end.sample_count * 2 == len(heard.audio)
     await service.until_metric("chorus_batcher_rows", 0)
-    assert service.metric("chorus_batcher_slots_free") == 64
+    await service.until_metric("chorus_batcher_slots_free", 64)
     assert service.metric("chorus_batcher_cancel_ticks_max") <= 1
 
 
@@ -246,7 +246,7 @@ async def test_a_writer_who_vanishes_leaves_nothing_behind(stack: Stack) -> None
     await service.until_metric("chorus_batcher_requests", 0)
     await service.until_metric("chorus_calls_active", 0)
     await gateway.until_metric("chorus_calls_active", 0)
-    assert service.metric("chorus_batcher_slots_free") == 64
+    await service.until_metric("chorus_batcher_slots_free", 64)
 
 
 @pytest.mark.asyncio(loop_scope="function")
