@@ -28,9 +28,9 @@ import grpc.aio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from common.mended import mended
 from common.metadata import API_KEY, IDEMPOTENCY_KEY, PRIORITY, REQUEST_ID
 from common.tls import channel_credentials
-from common.writing import with_servers_word
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 
 DEFAULT_SECONDS = 600.0
@@ -220,7 +220,9 @@ class Client:
         while True:
             heard = False
             try:
-                call = self._speech.StreamSynthesize(request, timeout=attempt.timeout(), metadata=attempt.metadata)
+                call = mended(
+                    self._speech.StreamSynthesize(request, timeout=attempt.timeout(), metadata=attempt.metadata)
+                )
                 async with aclosing(_messages(call)) as messages:
                     async for message in messages:
                         heard = True
@@ -258,7 +260,7 @@ class Client:
 
         attempt = self._attempt(options, keyed=False)
         call = self._speech.StreamSynthesizeText(requests(), timeout=attempt.timeout(), metadata=attempt.metadata)
-        async with aclosing(_messages(with_servers_word(call))) as messages:
+        async with aclosing(_messages(mended(call))) as messages:
             async for message in messages:
                 yield message
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import grpc
 import grpc.aio
@@ -102,6 +102,12 @@ class ChorusError(Exception):
     def __str__(self) -> str:
         """The message, with its reason."""
         return f"{self.reason}: {self.message}"
+
+    def __copy__(self) -> Self:
+        """The same, without a traceback: for somebody else to raise."""
+        other = type(self).__new__(type(self), *self.args)
+        other.__dict__.update(self.__dict__)
+        return other
 
     def details(self) -> list[Message]:
         """The google.rpc messages that say the same to a program."""

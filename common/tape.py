@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, Generic, TypeVar
+from copy import copy
+from typing import Generic, TypeVar
+
+from common.errors import ChorusError
 
 M = TypeVar("M")
 
@@ -88,7 +91,7 @@ class Tape(Generic[M]):
                         self._wake_source()
                     yield message
                 if self.failure is not None:
-                    raise self.failure
+                    raise _own(self.failure)
                 if self.complete:
                     return
                 await self._more()
@@ -166,9 +169,10 @@ class Tape(Generic[M]):
         if failure is None:
             self.complete = True
         else:
-            self.failure = failure
+            self.failure = _own(failure)
         if self._lingering is not None:
             self._lingering.cancel()
+            self._lingering = None
         self._done(self)
         self._wake_followers()
 
@@ -177,4 +181,7 @@ class Abandoned(Exception):
     """A source was cancelled, since nobody waited for it any more or its process ends."""
 
 
-AnyTape = Tape[Any]
+def _own(failure: BaseException) -> BaseException:
+    # A failure that is told to many is raised by each anew: its traceback leads to whoever heard it, and from there
+    # back to the tape, a circle that only the garbage collector finds. Our own faults keep where they came from.
+    return copy(failure) if isinstance(failure, ChorusError | Abandoned) else failure

@@ -15,7 +15,15 @@ from google.protobuf.message import Message
 
 from common import metrics
 from common.calls import current_call
-from common.errors import Aborted, ChorusError, DeadlineExceeded, InvalidArgument, Unavailable, Violation
+from common.errors import (
+    Aborted,
+    ChorusError,
+    DeadlineExceeded,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+    Violation,
+)
 from common.logs import logger
 from common.metadata import IDEMPOTENCY_KEY, Metadata, text_value
 from common.objects import Objects
@@ -33,11 +41,12 @@ FIRST_POLL_SECONDS = 0.05
 LONGEST_POLL_SECONDS = 1.0
 BUSY_SECONDS = 1.0
 """When to try again a call that runs elsewhere."""
+MOST_RUNNING_BYTES = 256 * 1024 * 1024
+"""What keyed calls that run may have sent, together: it is held for those who join, and to be kept."""
 SWEEP_SECONDS = 3600.0
 
 _KEY = re.compile(r"[ -~]{1,255}")
 _JOBS = uuid.UUID("0b6e8f5c-4a0d-5a53-9d0e-6f6c7a1f4d5b")
-
 
 M = TypeVar("M", bound=Any)
 
@@ -128,6 +137,7 @@ class Idempotency:
             run = self._runs.get(keyed.name)
             joined = run is not None and run.tape.joinable
             if run is None or not joined:
+                self._check_room()
                 run = self._start(keyed, kind, make)
             elif run.keyed.fingerprint != keyed.fingerprint:
                 raise _reused()
@@ -152,7 +162,7 @@ class Idempotency:
             if self._runs.get(keyed.name) is run:
                 del self._runs[keyed.name]
 
-        run.tape = Tape(self._answer(run, kind, make), done=done)
+        run.tape = Tape(self._answer(run, kind, make), size=_size, done=done)
         self._runs[keyed.name] = run
         return run
 
@@ -168,7 +178,7 @@ class Idempotency:
             if record.error is not None:
                 raise record.error
             return
-        messages = make() if run.outcome == "unavailable" else self._kept(claim, make)
+        messages = make() if run.outcome == "unavailable" else self._kept(run, claim, make)
         async with aclosing(messages):
             async for message in messages:
                 yield message
@@ -211,30 +221,29 @@ class Idempotency:
             await asyncio.sleep(pause)
             pause = min(LONGEST_POLL_SECONDS, pause * 2)
 
-    async def _kept(self, claim: Claim, make: Callable[[], AsyncGenerator[M, None]]) -> AsyncGenerator[M, None]:
+    async def _kept(
+        self, run: _Run[M], claim: Claim, make: Callable[[], AsyncGenerator[M, None]]
+    ) -> AsyncGenerator[M, None]:
         """Runs the call and keeps what came of it. The last message leaves only when all are kept."""
-        parts: list[bytes] = []
         last: M | None = None
         failure: ChorusError | None = None
-        size, kept = 0, False
+        kept = False
         async with _renewed(claim):
             try:
                 try:
-                    async with aclosing(make()) as messages:
-                        async for message in messages:
-                            data = message.SerializeToString()
-                            size += len(data)
-                            if size <= MOST_BYTES:
-                                parts.append(data)
-                            else:
-                                parts.clear()
+                    async with aclosing(make()) as made:
+                        async for message in made:
                             if last is not None:
                                 yield last
                             last = message
                 except ChorusError as error:
                     failure = error
-                if size <= MOST_BYTES and (failure is None or is_kept(failure)):
-                    kept = await self._keep(claim, Record(parts, failure))
+                if failure is None or is_kept(failure):
+                    # The tape has all that left already.
+                    messages = run.tape.messages if last is None else [*run.tape.messages, last]
+                    if sum(map(_size, messages)) <= MOST_BYTES:
+                        parts = [message.SerializeToString() for message in messages]
+                        kept = await self._keep(claim, Record(parts, failure))
             finally:
                 if not kept:
                     with suppress(StoreUnavailable):
@@ -242,7 +251,19 @@ class Idempotency:
         if last is not None:
             yield last
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # its traceback leads here, and from here would lead to it
+
+    def _check_room(self) -> None:
+        if sum(run.tape.bytes for run in self._runs.values()) >= MOST_RUNNING_BYTES:
+            raise ResourceExhausted(
+                "there is no room for the audio of one more call with an idempotency key; try again in a second",
+                "TOO_MANY_CALLS",
+                retry_after=BUSY_SECONDS,
+                quota="keyed_calls",
+            )
 
     async def _keep(self, claim: Claim, record: Record) -> bool:
         try:
@@ -282,6 +303,10 @@ def needs_ledger(ledger: Store) -> None:
     """
     if not ledger.available:
         raise Unavailable("the store of jobs does not answer; try again", "STORE_UNAVAILABLE", retry_after=1.0)
+
+
+def _size(message: Message) -> int:
+    return message.ByteSize()
 
 
 def _tell(outcome: str) -> None:

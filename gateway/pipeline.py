@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from common.calls import Call, Context, current_call
 from common.errors import DeadlineExceeded
+from common.mended import mended
 from common.metadata import (
     INTERNAL_DEADLINE,
     INTERNAL_SECRET,
@@ -25,7 +26,6 @@ from common.metadata import (
     as_metadata,
 )
 from common.settings import Settings
-from common.writing import with_servers_word
 from gateway.claims import Keyed
 from gateway.idempotency import Idempotency, fingerprint, read_key
 from gateway.limiter import Admission, Limiter
@@ -172,9 +172,7 @@ async def forward_stream(method: StreamMethod, request: Any, turn: Turn) -> Asyn
         ChorusError: the backend's own error, or why there was no answer.
     """
     requests = _Requests(request) if isinstance(request, AsyncIterator) else None
-    call = method(requests or request, metadata=turn.metadata, timeout=turn.timeout)
-    if requests is not None:
-        call = with_servers_word(call)
+    call = mended(method(requests or request, metadata=turn.metadata, timeout=turn.timeout))
     try:
         async for message in call:
             yield message

@@ -20,7 +20,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from common.errors import DOMAIN
-from common.writing import with_servers_word
+from common.mended import mended
 from protos.chorus.v1 import tts_pb2
 from tests.fuzz_text import text_of
 from tests.stack import Server, running_stack
@@ -156,7 +156,7 @@ async def call(channel: Any, chance: random.Random) -> tuple[str, str]:
         running = channel.unary_stream(method)(bytes_of(chance, tts_pb2.StreamSynthesizeRequest), **options)
     elif kind < 9:
         method = f"{SERVICE}TextToSpeechService/StreamSynthesizeText"
-        running = with_servers_word(channel.stream_stream(method)(iter(written(chance)), **options))
+        running = mended(channel.stream_stream(method)(iter(written(chance)), **options))
     else:
         method = f"{SERVICE}{chance.choice(('Nothing/Here', 'TextToSpeechService/Sing', ''))}"
         running = channel.unary_unary(method)(chance.randbytes(8), **options)

@@ -268,6 +268,33 @@ async def test_when_its_audio_is_gone_a_call_runs_again(valkey: Valkey, tmp_path
         assert work.runs == 2
 
 
+async def test_what_keyed_calls_hold_is_bounded(
+    valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.idempotency.MOST_RUNNING_BYTES", 25_000)
+    go_on = asyncio.Event()
+
+    async def make() -> AsyncGenerator[Reply, None]:
+        for number in range(5):
+            yield Reply(audio=bytes([number]) * 10_000)
+        await go_on.wait()
+
+    async def hear(gateway: Idempotency, key: str) -> int:
+        async with aclosing(gateway.stream(keyed(key), Reply, make)) as replies:
+            return sum([len(reply.audio) async for reply in replies])
+
+    async with gateways(valkey.url, tmp_path) as (gateway,):
+        first = asyncio.create_task(hear(gateway, "first"))
+        await until(lambda: gateway._runs and next(iter(gateway._runs.values())).tape.bytes >= 25_000)
+        with pytest.raises(ResourceExhausted) as caught:
+            await hear(gateway, "second")
+        assert caught.value.retry_after
+        joined = asyncio.create_task(hear(gateway, "first"))  # this needs no more room
+        go_on.set()
+        assert await first == await joined == 50_000
+        assert await hear(gateway, "second") == 50_000
+
+
 async def test_without_a_ledger_calls_run_unclaimed(tmp_path: Path) -> None:
     async with gateways(f"redis://127.0.0.1:{free_port()}", tmp_path) as (gateway,):
         work = Work()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import Unavailable
 from common.tape import AHEAD, Abandoned, Tape
 
 
@@ -106,6 +109,27 @@ async def test_a_failure_reaches_everybody_after_what_came_before() -> None:
     for follower in followers:
         with pytest.raises(ValueError, match="no more"):
             await follower
+
+
+async def test_what_failed_is_freed_without_the_garbage_collector() -> None:
+    async def source() -> AsyncGenerator[int, None]:
+        yield 1
+        raise Unavailable("gone", "GONE")
+
+    async def fail() -> weakref.ref[Tape[int]]:
+        tape = Tape(source())
+        with suppress(Unavailable):
+            await heard(tape)
+        assert isinstance(tape.failure, Unavailable)
+        return weakref.ref(tape)
+
+    gc.disable()
+    try:
+        tape = await fail()
+        await settle()
+        assert tape() is None
+    finally:
+        gc.enable()
 
 
 async def test_the_fastest_sets_the_pace_and_the_slow_hold_nobody_up() -> None:
