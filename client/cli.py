@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from client.client import DEFAULT_SECONDS, CallError, Client, Tls
+from client.client import DEFAULT_SECONDS, CallError, Client, Options, Tls
 from client.say import FORMATS, SUFFIXES, Said, Wish, play, read_stdin, say, say_as_written
 from common.errors import StartupError
 from common.settings import Settings, load_settings
@@ -206,7 +206,8 @@ def check(
 
     async def call() -> None:
         async with _client(address, key, ca, certificate, timeout=10.0) as client:
-            response = await client.synthesize("你好")
+            # Not from the cache: an engine must answer.
+            response = await client.synthesize("你好", options=Options(cache_control="no-store"))
             out.print(f"ok: {response.start.engine}, {response.end.sample_count} samples")
 
     _run(call(), address)

@@ -31,6 +31,7 @@ class Embedded:
     """A server that is to run."""
 
     name: str
+    folder: Path
     socket: Path
     options: tuple[str, ...]
 
@@ -42,7 +43,7 @@ class Embedded:
     def command(self) -> tuple[str, ...]:
         """What runs it, until its parent ends."""
         options = ("--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700", *self.options)
-        return (sys.executable, "-m", "client.embedded", str(os.getpid()), *options)
+        return (sys.executable, "-m", "client.embedded", str(os.getpid()), str(self.folder), *options)
 
 
 @contextmanager
@@ -83,17 +84,23 @@ def url_of(settings: Settings, name: str) -> str | None:
 def _ledger(folder: Path, sockets: Path) -> Embedded:
     kept = ("--appendonly", "yes", "--appendfsync", "everysec", "--save", "")
     memory = ("--maxmemory", LEDGER_MEMORY, "--maxmemory-policy", "noeviction")
-    return Embedded("ledger", sockets / "ledger.sock", (*_place(folder, "ledger"), *kept, *memory))
+    place = _place(folder, "ledger")
+    return Embedded("ledger", place, sockets / "ledger.sock", (*_options(place), *kept, *memory))
 
 
 def _cache(folder: Path, sockets: Path) -> Embedded:
     memory = ("--maxmemory", CACHE_MEMORY, "--maxmemory-policy", "allkeys-lru", "--save", "")
-    return Embedded("cache", sockets / "cache.sock", (*_place(folder, "cache"), *memory))
+    place = _place(folder, "cache")
+    return Embedded("cache", place, sockets / "cache.sock", (*_options(place), *memory))
 
 
-def _place(folder: Path, name: str) -> tuple[str, ...]:
+def _place(folder: Path, name: str) -> Path:
     place = folder / name
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return place
+
+
+def _options(place: Path) -> tuple[str, ...]:
     return ("--dir", str(place), "--logfile", str(place / "log"), "--loglevel", "warning")
 
 
@@ -119,10 +126,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    """Becomes the server: `python -m client.embedded PARENT OPTION…`."""
+    """Becomes the server: `python -m client.embedded PARENT FOLDER OPTION…`."""
     exit_with_parent(int(sys.argv[1]))
+    # The server itself holds its folder: one whose parent was killed may still write there for a moment.
+    lock = os.open(Path(sys.argv[2]) / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    os.set_inheritable(lock, True)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     binary = str(get_binary_path())
-    os.execv(binary, [binary, *sys.argv[2:]])  # noqa: S606 (that is the point)
+    os.execv(binary, [binary, *sys.argv[3:]])  # noqa: S606 (that is the point)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,14 @@ def speech_key(request: Spoken, revision: str, scope: str = "") -> bytes:
     return hashlib.sha256(made_of).digest()
 
 
+def flight_names(key: str, priority: str) -> tuple[str, ...]:
+    """The flights that such a call may join, and last the one that it starts.
+
+    Batch work joins whatever there is. What was begun as batch work may wait long, and no interactive call with it.
+    """
+    return (key,) if priority == "interactive" else (key, f"{key} {priority}")
+
+
 def derived_seed(key: bytes) -> int:
     """The seed of a request that names none."""
     return int.from_bytes(key[:4], "big")

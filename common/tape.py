@@ -12,6 +12,8 @@ from contextlib import aclosing
 from copy import copy
 from typing import Generic, TypeVar
 
+import grpc
+
 from common.errors import ChorusError
 
 M = TypeVar("M")
@@ -179,6 +181,13 @@ class Tape(Generic[M]):
 
 class Abandoned(Exception):
     """A source was cancelled, since nobody waited for it any more or its process ends."""
+
+
+def is_anothers(failure: BaseException) -> bool:
+    """Whether a joiner need not share it: the first caller left, or could wait no longer."""
+    return isinstance(failure, Abandoned) or (
+        isinstance(failure, ChorusError) and failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    )
 
 
 def _own(failure: BaseException) -> BaseException:

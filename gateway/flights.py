@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -13,10 +13,11 @@ import grpc.aio
 
 from common import metrics
 from common.errors import FLIGHT_ELSEWHERE, ChorusError, DeadlineExceeded, Unavailable
-from common.metadata import INTERNAL_REVISION, INTERNAL_RUN_HERE, INTERNAL_SPEECH_KEY
+from common.keys import flight_names
+from common.metadata import INTERNAL_REVISION, INTERNAL_RUN_HERE, INTERNAL_SPEECH_KEY, Priority
 from common.settings import Settings
 from common.speech import SpeechMessage
-from common.tape import Abandoned, Tape
+from common.tape import Abandoned, Tape, is_anothers
 from gateway.backends import open_channel
 from gateway.masters import Master
 from gateway.pipeline import Turn, forward, forward_stream
@@ -25,6 +26,7 @@ from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 M = TypeVar("M")
 Stub: TypeAlias = "tts_pb2_grpc.TextToSpeechServiceAsyncStub"
 Landed = Callable[[Master], None]
+Pay = Callable[[], Awaitable[None]]
 
 MAX_DIRECT = 64
 """Channels to single backends; beyond it the one not used for longest is closed."""
@@ -33,9 +35,10 @@ MAX_DIRECT = 64
 class Wanted:
     """A speech that is asked for under a key."""
 
-    def __init__(self, key: bytes, revision: str, landed: Landed) -> None:
+    def __init__(self, key: bytes, revision: str, priority: Priority, landed: Landed) -> None:
         """`landed`: hears of it when it is whole, once for all who asked."""
         self.key = key
+        self.names = flight_names(key.hex(), priority)
         self.landed = landed
         self.metadata = ((INTERNAL_SPEECH_KEY, key.hex()), (INTERNAL_REVISION, revision))
 
@@ -47,8 +50,9 @@ class Flights:
         self._settings = settings
         self._any: Stub = tts_pb2_grpc.TextToSpeechServiceStub(channel)
         self._direct: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
-        self._streams: dict[bytes, Tape[SpeechMessage]] = {}
-        self._wholes: dict[bytes, Tape[tts_pb2.SynthesizeResponse]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._streams: dict[str, Tape[SpeechMessage]] = {}
+        self._wholes: dict[str, Tape[tts_pb2.SynthesizeResponse]] = {}
 
     @property
     def full(self) -> bool:
@@ -56,15 +60,16 @@ class Flights:
         tapes: list[Tape[Any]] = [*self._streams.values(), *self._wholes.values()]
         return sum(tape.bytes for tape in tapes) >= self._settings.flights.bytes
 
-    def running(self, key: bytes) -> bool:
+    def running(self, wanted: Wanted) -> bool:
         """Whether a call for this speech could join another of this gateway."""
-        tapes = (self._streams.get(key), self._wholes.get(key))
-        return any(tape is not None and tape.joinable for tape in tapes)
+        return _joinable(self._streams, wanted) is not None or _joinable(self._wholes, wanted) is not None
 
     async def whole(
-        self, wanted: Wanted, request: tts_pb2.SynthesizeRequest, turn: Turn
+        self, wanted: Wanted, request: tts_pb2.SynthesizeRequest, turn: Turn, pay: Pay
     ) -> tuple[tts_pb2.SynthesizeResponse, bool]:
         """A speech as one reply, to be read only, and whether another call had asked for it before.
+
+        `pay`: awaited before it is asked for, and not by who joins.
 
         Raises:
             ChorusError: what became of it instead.
@@ -76,16 +81,18 @@ class Flights:
         def landed(tape: Tape[tts_pb2.SynthesizeResponse]) -> Master | None:
             return Master.of(tape.messages[0]) if tape.complete else None
 
-        messages = self._follow(self._wholes, wanted, turn, ask, landed, size=lambda reply: len(reply.audio))
+        messages = self._follow(self._wholes, wanted, turn, pay, ask, landed, size=lambda reply: len(reply.audio))
         async with aclosing(messages):
             async for reply, joined in messages:
                 return reply, joined
         raise AssertionError("a unary call has a reply")
 
     async def stream(
-        self, wanted: Wanted, request: tts_pb2.StreamSynthesizeRequest, turn: Turn
+        self, wanted: Wanted, request: tts_pb2.StreamSynthesizeRequest, turn: Turn, pay: Pay
     ) -> AsyncGenerator[tuple[SpeechMessage, bool], None]:
         """A speech as it is made: messages to be read only, and whether another call had asked for it before.
+
+        `pay`: awaited before it is asked for, and not by who joins.
 
         Raises:
             ChorusError: what became of it instead, perhaps after some of it.
@@ -97,7 +104,7 @@ class Flights:
         def landed(tape: Tape[SpeechMessage]) -> Master | None:
             return Master.of_messages(tape.messages) if tape.complete else None
 
-        messages = self._follow(self._streams, wanted, turn, ask, landed, size=_audio_bytes)
+        messages = self._follow(self._streams, wanted, turn, pay, ask, landed, size=_audio_bytes)
         async with aclosing(messages):
             async for message, joined in messages:
                 yield message, joined
@@ -109,18 +116,24 @@ class Flights:
 
     async def _follow(
         self,
-        tapes: dict[bytes, Tape[M]],
+        tapes: dict[str, Tape[M]],
         wanted: Wanted,
         turn: Turn,
+        pay: Pay,
         ask: Callable[[], AsyncGenerator[M, None]],
         landed: Callable[[Tape[M]], Master | None],
         *,
         size: Callable[[M], int],
     ) -> AsyncGenerator[tuple[M, bool], None]:
+        paid = False
         while True:
-            tape = tapes.get(wanted.key)
-            joined = tape is not None and tape.joinable
-            if tape is None or not joined:
+            tape = _joinable(tapes, wanted)
+            joined = tape is not None
+            if tape is None:
+                if not paid:
+                    await pay()
+                    paid = True
+                    continue  # somebody else may ask for it by now
                 tape = self._start(tapes, wanted, ask, landed, size)
             else:
                 metrics.COALESCED.inc()
@@ -133,30 +146,31 @@ class Flights:
                 return
             except TimeoutError:
                 raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED") from None
-            except (Abandoned, DeadlineExceeded) as error:
+            except (Abandoned, ChorusError) as error:
                 # Another's deadline, or its leaving, is not ours.
-                if not heard and joined and turn.timeout > 0:
+                if joined and not heard and is_anothers(error) and turn.timeout > 0:
                     continue
-                if isinstance(error, DeadlineExceeded):
+                if isinstance(error, ChorusError):
                     raise
                 raise Unavailable("this gateway is stopping; try again", "STOPPING", retry_after=1.0) from None
 
     def _start(
         self,
-        tapes: dict[bytes, Tape[M]],
+        tapes: dict[str, Tape[M]],
         wanted: Wanted,
         ask: Callable[[], AsyncGenerator[M, None]],
         landed: Callable[[Tape[M]], Master | None],
         size: Callable[[M], int],
     ) -> Tape[M]:
         def done(tape: Tape[M]) -> None:
-            if tapes.get(wanted.key) is tape:
-                del tapes[wanted.key]
+            if tapes.get(name) is tape:
+                del tapes[name]
             master = landed(tape)
             if master is not None:
                 wanted.landed(master)
 
-        tape = tapes[wanted.key] = Tape(ask(), size=size, done=done)
+        name = wanted.names[-1]
+        tape = tapes[name] = Tape(ask(), size=size, done=done)
         return tape
 
     # -- one call, to whichever backend it has to be ------------------------------------------------------------------
@@ -219,10 +233,19 @@ class Flights:
             if len(self._direct) > MAX_DIRECT:
                 _, oldest = self._direct.popitem(last=False)
                 closing = asyncio.create_task(oldest.close(grace=self._settings.limits.deadline_max))
-                closing.add_done_callback(lambda _: None)
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
         self._direct.move_to_end(address)
         stub: Stub = tts_pb2_grpc.TextToSpeechServiceStub(channel)
         return stub
+
+
+def _joinable(tapes: dict[str, Tape[M]], wanted: Wanted) -> Tape[M] | None:
+    for name in wanted.names:
+        tape = tapes.get(name)
+        if tape is not None and tape.joinable:
+            return tape
+    return None
 
 
 def _is_gone(error: ChorusError) -> bool:

@@ -28,7 +28,7 @@ from common.logs import logger
 from common.metadata import IDEMPOTENCY_KEY, Metadata, text_value
 from common.objects import Objects
 from common.store import Store, StoreUnavailable
-from common.tape import Abandoned, Tape
+from common.tape import Abandoned, Tape, is_anothers
 from gateway.claims import KEPT_SECONDS, LEASE_SECONDS, Claim, Keyed, State
 from gateway.records import MOST_BYTES, Record, drop_record, get_record, is_kept, put_record
 
@@ -39,6 +39,7 @@ MARGIN_SECONDS = 0.2
 """What is left of a deadline when a call that cannot join gives up, so that its caller hears why."""
 FIRST_POLL_SECONDS = 0.05
 LONGEST_POLL_SECONDS = 1.0
+IN_PROGRESS = "IDEMPOTENCY_IN_PROGRESS"
 BUSY_SECONDS = 1.0
 """When to try again a call that runs elsewhere."""
 MOST_RUNNING_BYTES = 256 * 1024 * 1024
@@ -150,10 +151,13 @@ class Idempotency:
                             began = True
                         yield message
                 return
-            except (Abandoned, DeadlineExceeded):
+            except (Abandoned, ChorusError) as error:
                 # Another caller's deadline, or its leaving, is not ours.
-                if began or not joined or self._clock() >= keyed.deadline:
-                    raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED") from None
+                if joined and not began and self._clock() < keyed.deadline and _is_anothers(error):
+                    continue
+                if isinstance(error, ChorusError):
+                    raise
+                raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED") from None
 
     def _start(self, keyed: Keyed, kind: type[M], make: Callable[[], AsyncGenerator[M, None]]) -> _Run[M]:
         run: _Run[M] = _Run(keyed)
@@ -215,7 +219,7 @@ class Idempotency:
                 _count("in progress")
                 raise Aborted(
                     "this call runs already and has not ended yet; try again to get its answer",
-                    "IDEMPOTENCY_IN_PROGRESS",
+                    IN_PROGRESS,
                     retry_after=BUSY_SECONDS,
                 )
             await asyncio.sleep(pause)
@@ -303,6 +307,11 @@ def needs_ledger(ledger: Store) -> None:
     """
     if not ledger.available:
         raise Unavailable("the store of jobs does not answer; try again", "STORE_UNAVAILABLE", retry_after=1.0)
+
+
+def _is_anothers(error: BaseException) -> bool:
+    # Somebody else's patience with a call that runs elsewhere was shorter.
+    return is_anothers(error) or (isinstance(error, Aborted) and error.reason == IN_PROGRESS)
 
 
 def _size(message: Message) -> int:

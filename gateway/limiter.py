@@ -51,6 +51,7 @@ class Admission:
         self._tenant = tenant
         self._priority = priority
         self._held: int | None = None
+        self._closed = False
         self._taken = Taken(alone=False)
 
     async def hold(self, seconds: float) -> None:
@@ -63,6 +64,8 @@ class Admission:
         taken = await self._limiter._spend(self._tenant, "audio", self._priority, cost)
         if taken is None:
             return  # nothing limits it, or the limit is a shadow
+        if self._closed:
+            return  # its call ended meanwhile: what it took stays charged
         self._taken = taken
         if self._held is None:
             metrics.HOLDS.inc()
@@ -78,6 +81,7 @@ class Admission:
 
     def close(self) -> None:
         """Nothing will be settled any more."""
+        self._closed = True
         if self._held is not None:
             self._held = None
             metrics.HOLDS.dec()

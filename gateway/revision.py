@@ -30,7 +30,6 @@ class Revision:
         self._doubted = asyncio.Event()
         self.current: str | None = None
         """None: not known yet."""
-        self.sample_rate_hertz = 24_000
 
     def doubt(self) -> None:
         """A backend spoke with another revision: ask again soon."""
@@ -58,4 +57,3 @@ class Revision:
         if revision != self.current:
             logger().info("backends' revision", revision=revision, before=self.current)
         self.current = revision
-        self.sample_rate_hertz = info.sample_rate_hertz

@@ -6,11 +6,11 @@ What is made is charged before and settled after, by what was made; what is foun
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -36,7 +36,6 @@ from gateway.transcoder import is_plain
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 
 Written = tts_pb2.StreamSynthesizeTextRequest
-StreamReply: TypeAlias = "tts_pb2.StreamSynthesizeResponse | tts_pb2.StreamSynthesizeTextResponse"
 Request = TypeVar("Request", tts_pb2.SynthesizeRequest, tts_pb2.StreamSynthesizeRequest)
 
 CACHE_TRAILER = "x-chorus-cache"
@@ -200,10 +199,9 @@ class Speech:
         self, wanted: Wanted, request: tts_pb2.SynthesizeRequest, turn: Turn
     ) -> tts_pb2.SynthesizeResponse:
         """Made for this caller and all who ask for the same meanwhile."""
-        if not self._flights.running(wanted.key):
-            await turn.admission.hold(self._estimator.seconds(request))
-        with _settled(turn.admission) as meter:
-            shared, joined = await self._flights.whole(wanted, request, turn)
+        pay = partial(turn.admission.hold, self._estimator.seconds(request))
+        with _settled(turn.admission, lambda: self._flights.running(wanted)) as meter:
+            shared, joined = await self._flights.whole(wanted, request, turn, pay)
             reply = tts_pb2.SynthesizeResponse()
             reply.CopyFrom(shared)
             if joined:
@@ -216,10 +214,9 @@ class Speech:
     async def _stream_together(
         self, wanted: Wanted, request: tts_pb2.StreamSynthesizeRequest, turn: Turn
     ) -> AsyncGenerator[SpeechMessage, None]:
-        if not self._flights.running(wanted.key):
-            await turn.admission.hold(self._estimator.seconds(request))
-        with _settled(turn.admission) as meter:
-            async with aclosing(self._flights.stream(wanted, request, turn)) as messages:
+        pay = partial(turn.admission.hold, self._estimator.seconds(request))
+        with _settled(turn.admission, lambda: self._flights.running(wanted)) as meter:
+            async with aclosing(self._flights.stream(wanted, request, turn, pay)) as messages:
                 async for shared, joined in messages:
                     message: Any = type(shared)()
                     message.CopyFrom(shared)
@@ -271,7 +268,9 @@ class Speech:
         key = self._key(request, turn)
         assert key is not None
         turn.call.facts["cache_key"] = key.hex()
-        return Wanted(key, revision, partial(self._landed, key, tags, self._cache.generations)), tags
+        return Wanted(
+            key, revision, turn.call.priority, partial(self._landed, key, tags, self._cache.generations)
+        ), tags
 
     def _key(self, request: Spoken, turn: Turn) -> bytes | None:
         if self._revision.current is None:
@@ -281,7 +280,7 @@ class Speech:
         return speech_key(request, self._revision.current, scope)
 
     def _shareable(self, wanted: Wanted) -> bool:
-        return self._flights.running(wanted.key) or not self._flights.full
+        return self._flights.running(wanted) or not self._flights.full
 
     def _landed(self, key: bytes, tags: Tags, asked: Generations, master: Master) -> None:
         """A speech is whole. One of another revision than its key's is not kept."""
@@ -335,8 +334,11 @@ class _Meter:
 
 
 @contextmanager
-def _settled(admission: Admission) -> Iterator[_Meter]:
-    """Charges in the end what was made; nothing where the failure is ours."""
+def _settled(admission: Admission, goes_on: Callable[[], bool] = lambda: False) -> Iterator[_Meter]:
+    """Charges in the end what was made; nothing where the failure is ours.
+
+    `goes_on`: others hear on when its first caller leaves. It stays charged as it was estimated: nobody else pays.
+    """
     meter = _Meter()
     try:
         yield meter
@@ -344,7 +346,8 @@ def _settled(admission: Admission) -> Iterator[_Meter]:
         admission.settle(0.0 if error.code in OUR_FAILURES else meter.charged)
         raise
     except BaseException:
-        admission.settle(meter.charged)
+        if not goes_on():
+            admission.settle(meter.charged)
         raise
     admission.settle(meter.charged)
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from common import metrics
-from common.errors import Aborted, DeadlineExceeded, Unavailable
+from common.errors import Aborted, ChorusError, Unavailable
+from common.keys import flight_names
 from common.settings import FlightSettings
 from common.speech import SpeechMessage
-from common.tape import Abandoned, Tape
+from common.tape import Abandoned, Tape, is_anothers
 from protos.chorus.v1 import tts_pb2
 from service.directory import Directory
 
@@ -69,7 +70,13 @@ class Flights:
         return key in self._flights or self.bytes < self._settings.bytes
 
     async def follow(
-        self, key: str, deadline: Deadline, start: Callable[[Deadline], Messages], *, here: bool
+        self,
+        key: str,
+        deadline: Deadline,
+        start: Callable[[Deadline], Messages],
+        *,
+        priority: str,
+        here: bool,
     ) -> AsyncGenerator[tuple[SpeechMessage, bool], None]:
         """A speech's messages, each a copy, and whether somebody else had asked for it before.
 
@@ -77,17 +84,19 @@ class Flights:
             key: the same for the same speech.
             deadline: until when this caller waits.
             start: speaks it; called if nobody does yet.
+            priority: of this caller; see `flight_names`.
             here: even if another backend speaks it.
 
         Raises:
             Aborted: another backend speaks it.
             ChorusError: what became of it instead; the same for all who hear it.
         """
+        names = flight_names(key, priority)
         while True:
-            flight = self._flights.get(key)
-            joined = flight is not None and flight.tape.joinable
-            if flight is None or not joined:
-                flight = self._start(key, deadline, start, here=here)
+            flight = self._joinable(names)
+            joined = flight is not None
+            if flight is None:
+                flight = self._start(names[-1], deadline, start, here=here)
             else:
                 metrics.COALESCED.inc()
                 flight.deadline.extend(deadline.at)
@@ -102,12 +111,19 @@ class Flights:
                 if joined and here and not heard:
                     continue  # that one was not to be spoken here at any price: this one is
                 raise
-            except (Abandoned, DeadlineExceeded) as error:
-                if not heard and joined:
+            except (Abandoned, ChorusError) as error:
+                if joined and not heard and is_anothers(error):
                     continue  # it was about to end when this caller came
-                if isinstance(error, DeadlineExceeded):
+                if isinstance(error, ChorusError):
                     raise
                 raise Unavailable("this server is stopping; try again", "STOPPING", retry_after=1.0) from None
+
+    def _joinable(self, names: tuple[str, ...]) -> Flight | None:
+        for name in names:
+            flight = self._flights.get(name)
+            if flight is not None and flight.tape.joinable:
+                return flight
+        return None
 
     def _start(self, key: str, deadline: Deadline, start: Callable[[Deadline], Messages], *, here: bool) -> Flight:
         flight = Flight(deadline)

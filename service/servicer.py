@@ -212,7 +212,9 @@ class Servicer(
         try:
             async with (
                 asyncio.timeout(deadline - time.monotonic()),
-                aclosing(self._flights.follow(key, Deadline(admission, deadline), start, here=here)) as flown,
+                aclosing(
+                    self._flights.follow(key, Deadline(admission, deadline), start, priority=call.priority, here=here)
+                ) as flown,
             ):
                 async for message, joined in flown:
                     if isinstance(message, tts_pb2.StreamStart):

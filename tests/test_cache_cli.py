@@ -40,11 +40,9 @@ async def test_warm_look_purge(stack: Stack, valkey: Valkey, tmp_path: Path) -> 
         return (await door.speech.Synthesize(text_request("Hello there."))).start.cache_status
 
     assert await status() == tts_pb2.CACHE_STATUS_HIT
-    made = service.metric("chorus_batcher_submitted_total")
     await run("cache", "purge", "--voice", "female1", folder=tmp_path, url=valkey.url)
     await until(lambda: any(line["event"] == "the cache was purged" for line in gateway.log()))
     assert await status() in (tts_pb2.CACHE_STATUS_MISS, tts_pb2.CACHE_STATUS_COALESCED)
-    assert service.metric("chorus_batcher_submitted_total") >= made
 
 
 @pytest.mark.parametrize(

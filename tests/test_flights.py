@@ -14,13 +14,14 @@ import grpc.aio
 import pytest
 
 from protos.chorus.v1 import tts_pb2
-from tests.calls import Door, failure
+from tests.calls import Door, failure, until
 from tests.hearing import LANGUAGE, Heard
 from tests.stack import Server, Stack, stream_request, text_request
 from tests.valkey import Valkey, running_valkey
 
 TEXT = "This is what everybody asks for. It has two sentences."
 SLOW: dict[str, Any] = {"tone_step_base_ms": 2, "tone_steps_per_character": 2, "tone_slots": 8}
+BATCH = (("x-chorus-priority", "batch"),)
 RUNS = "chorus_batcher_submitted_total"
 MISS, COALESCED, HIT, BYPASS = (
     tts_pb2.CACHE_STATUS_MISS,
@@ -106,6 +107,44 @@ async def test_the_first_leaves_and_it_goes_on(stack: Stack, valkey: Valkey) -> 
     first.cancel()
     assert (await second).starts[0].cache_status == COALESCED
     assert runs(service) == 1
+
+
+async def test_nobody_waits_with_batch_work_for_its_turn(stack: Stack, valkey: Valkey) -> None:
+    service, gateways = await two(stack, valkey.url)
+    behind = [asyncio.create_task(hear(Door(gateway), metadata=BATCH)) for gateway in gateways]
+    await until(lambda: runs(service) == 1)
+    first = await hear(Door(gateways[0]))
+    assert first.starts[0].cache_status == MISS
+    assert runs(service) == 2
+    for heard in await asyncio.gather(*behind):
+        assert heard.audio == first.audio
+    assert runs(service) == 2
+
+
+async def test_batch_work_joins_what_runs(stack: Stack, valkey: Valkey) -> None:
+    service, gateways = await two(stack, valkey.url)
+    call = await first_audio(Door(gateways[0]))
+    joined = await asyncio.gather(*(hear(Door(gateway), metadata=BATCH) for gateway in gateways))
+    assert {heard.starts[0].cache_status for heard in joined} == {COALESCED}
+    call.cancel()
+    assert runs(service) == 1
+
+
+async def test_who_starts_it_and_leaves_pays_for_those_who_hear_on(stack: Stack, valkey: Valkey) -> None:
+    # Room for one of these speeches, and for not nearly two.
+    room: dict[str, Any] = {"limiter_audio_seconds_per_second": 0.001, "limiter_audio_seconds_burst": 10.0}
+    service = await stack.service(store_cache=valkey.url, **SLOW)
+    gateway = await stack.gateway(service, store_ledger=valkey.url, **room)
+    door = Door(gateway)
+    text = "a" * 100
+    first = await first_audio(door, text)
+    second = asyncio.create_task(hear(door, text))
+    await asyncio.sleep(0.05)
+    first.cancel()
+    assert (await second).starts[0].cache_status == COALESCED
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await hear(door, "b" * 100)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def test_the_last_leaves_and_its_place_is_free(stack: Stack, valkey: Valkey) -> None:
