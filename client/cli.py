@@ -71,16 +71,20 @@ def up(
     cards: Annotated[int, typer.Option(min=1, help="How many services to start: one for each card.")] = 1,
     engine: Annotated[str, typer.Option(help="espeak, chattts or tone.", envvar="CHORUS_ENGINE")] = "",
     hello: Annotated[bool, typer.Option(help=f"Speak a sentence to {HELLO_FILE} once it serves.")] = False,
+    key: KeyOption = None,
+    ca: CaOption = None,
+    certificate: CertificateOption = None,
     set_: SetOption = [],  # noqa: B006 (typer reads it)
 ) -> None:
-    """Start a service for each card and a gateway, here, until Ctrl-C."""
+    """Start a service for each card and a gateway, here, until Ctrl-C. Key, CA and certificate are for --hello."""
     from client.up import up as start
 
     settings = load_settings([*set_, *([f"engine={engine}"] if engine else [])])
 
     async def then() -> None:
         if hello:
-            await _hello(settings)
+            async with _client(settings.gateway.listen, key, ca, certificate) as client:
+                _print_said(await say(client, HELLO_TEXT, HELLO_FILE, Wish(), stream=True, console=err))
         _print_next_steps(settings)
 
     _run(start(settings, cards, err, then), settings.gateway.listen)
@@ -382,11 +386,6 @@ def _print_said(said: Said) -> None:
     )
     if said.cut:
         err.print("a part was longer than the engine speaks at once, and is cut", style="yellow")
-
-
-async def _hello(settings: Settings) -> None:
-    async with Client(settings.gateway.listen) as client:
-        _print_said(await say(client, HELLO_TEXT, HELLO_FILE, Wish(), stream=True, console=err))
 
 
 def _print_next_steps(settings: Settings) -> None:

@@ -25,6 +25,8 @@ READY_SECONDS = 180.0
 POLL_SECONDS = 0.05
 STOP_SECONDS = 90.0
 FIRST_BACKOFF = 0.5
+CALM_SECONDS = 60.0
+"""Who has lived so long starts again as at the first time."""
 LONGEST_BACKOFF = 10.0
 
 
@@ -250,12 +252,15 @@ def _check_alive(children: list[Child]) -> None:
 
 
 async def _keep_alive(child: Child, stop: asyncio.Event, console: Console) -> None:
-    """Starts a process again whenever it ends by itself, more slowly each time."""
+    """Starts a process again whenever it ends by itself, more slowly each time that it did not live long."""
     while not stop.is_set():
         assert child.process is not None
+        since = time.monotonic()
         code = await child.process.wait()
         if stop.is_set():
             return
+        if time.monotonic() - since > CALM_SECONDS:
+            child.restarts = 0
         delay = min(FIRST_BACKOFF * 2**child.restarts, LONGEST_BACKOFF)
         console.print(f"[red]the {child.role} on {child.address} ended ({code}); it starts again in {delay:g} s[/red]")
         await asyncio.sleep(delay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -37,8 +38,7 @@ class Objects:
         self._turns = asyncio.Semaphore(AT_ONCE)
         try:
             if urlsplit(url).scheme == "file":
-                folder = Path(url2pathname(urlsplit(url).path))
-                self._store: Any = LocalStore(folder, mkdir=True)
+                self._store: Any = LocalStore(_folder(url), mkdir=True)
             else:
                 self._store = from_url(url)
         except (BaseError, ValueError, OSError):
@@ -111,3 +111,14 @@ class Objects:
             raise
         except (BaseError, OSError, TimeoutError) as error:
             raise StoreUnavailable("the object store does not answer") from error
+
+
+def _folder(url: str) -> Path:
+    folder = Path(url2pathname(urlsplit(url).path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(f"cannot make the folder {folder} of store.objects: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StartupError(f"cannot write to the folder {folder} of store.objects")
+    return folder

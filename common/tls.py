@@ -45,10 +45,11 @@ def channel_credentials(
     """Whom a caller believes, and what it shows if it is asked. `ca`: None: the system's authorities.
 
     Raises:
-        StartupError: a file cannot be read.
+        StartupError: a file cannot be read, or a certificate came without its key.
     """
-    pair = (certificate, key) if certificate is not None and key is not None else (None, None)
-    return grpc.ssl_channel_credentials(_read(ca), _read(pair[1]), _read(pair[0]))
+    if (certificate is None) != (key is None):
+        raise StartupError("a client's certificate needs its key too; one file may hold both")
+    return grpc.ssl_channel_credentials(_read(ca), _read(key), _read(certificate))
 
 
 class _Files:
@@ -68,13 +69,20 @@ class _Files:
         return [_read(path) for path in self._paths]
 
     def _version(self) -> list[int]:
-        return [path.stat().st_mtime_ns for path in self._paths if path is not None and path.exists()]
+        return [_mtime_ns(path) for path in self._paths if path is not None]
 
 
 def _configuration(files: list[bytes | None]) -> Any:
     key, certificate, callers_ca = files
     assert key is not None and certificate is not None  # noqa: PT018 (they were named)
     return grpc.ssl_server_certificate_configuration([(key, certificate)], callers_ca)
+
+
+def _mtime_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0  # it is being replaced
 
 
 def _read(path: Path | None) -> bytes | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import lru_cache
 from typing import TypeVar
 
 from audio.background import BackgroundEncoder
@@ -107,7 +108,13 @@ def _wish(asked: tts_pb2.AudioFormat) -> Wish | None:
 
 def is_plain(asked: tts_pb2.AudioFormat) -> bool:
     """Whether a format is the one that backends speak."""
-    wish, _ = read_wish(asked)
+    # Asked several times in each call: comparing dataclasses costs more than the rest of it.
+    return _is_plain(asked.container, asked.codec, asked.sample_rate_hertz)
+
+
+@lru_cache(maxsize=1024)
+def _is_plain(container: int, codec: int, rate: int) -> bool:
+    wish, _ = read_wish(tts_pb2.AudioFormat(container=container, codec=codec, sample_rate_hertz=rate))  # type: ignore[arg-type]
     return wish in (PLAIN, Wish(Container.RAW))
 
 

@@ -14,7 +14,7 @@ import trustme
 from client.client import CallError, Client, Tls
 from common.errors import StartupError
 from common.settings import TlsSettings
-from common.tls import server_credentials
+from common.tls import channel_credentials, server_credentials
 from tests.stack import Server, Stack
 
 
@@ -103,3 +103,8 @@ async def test_a_new_certificate_is_shown_without_a_restart(stack: Stack, tmp_pa
 def test_what_is_missing_is_told_at_the_start(tmp_path: Path, given: set[str]) -> None:
     with pytest.raises(StartupError):
         server_credentials(TlsSettings(**dict.fromkeys(given, tmp_path / "nothing.pem")))
+
+
+def test_a_certificate_without_its_key_is_no_identity(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="needs its key"):
+        channel_credentials(None, tmp_path / "certificate.pem")
