@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -43,7 +43,6 @@ class Child:
     """It tells its health to those only whom it believes: that it listens must do."""
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
-    failed: bool = field(default=False)
 
     async def start(self) -> None:
         """Starts it, in a session of its own, so that Ctrl-C reaches us alone."""
