@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import multiprocessing
 import random
 import time
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -42,6 +44,8 @@ class Window:
     """Each call has an idempotency key."""
     pool: int = 0
     """So many texts, the same in every process, are asked for again and again; 0: each is a new one."""
+    rate: float = 0.0
+    """Calls a second that all callers make together, evenly; 0: each asks again as soon as it is answered."""
 
     def text(self) -> str:
         """Of the next call."""
@@ -83,7 +87,8 @@ class LoadGenerator:
         processes = min(len(self._pipes), window.callers)
         busy = self._pipes[:processes]
         for index, pipe in enumerate(busy):
-            pipe.send(replace(window, callers=len(range(index, window.callers, processes))))
+            callers = len(range(index, window.callers, processes))
+            pipe.send(replace(window, callers=callers, rate=window.rate * callers / window.callers))
         return [pipe.recv() for pipe in busy]
 
 
@@ -118,16 +123,32 @@ async def _answer(pipe: Connection[Tally, Window]) -> None:
 async def _run(window: Window, stub: Stub) -> Tally:
     tally = Tally()
     began, cpu = time.perf_counter(), time.process_time()
-    await asyncio.gather(*(_call_until(began + window.seconds, stub, window, tally) for _ in range(window.callers)))
+    await asyncio.gather(
+        *(_call(_moments(window, number, began), stub, window, tally) for number in range(window.callers))
+    )
     tally.seconds = time.perf_counter() - began
     tally.cpu_seconds = time.process_time() - cpu
     return tally
 
 
-async def _call_until(end: float, stub: Stub, window: Window, tally: Tally) -> None:
+async def _moments(window: Window, caller: int, began: float) -> AsyncIterator[float]:
+    """When a caller calls. At a given rate a call that had to wait for the one before it began when it should have."""
+    if not window.rate:
+        while (now := time.perf_counter()) < began + window.seconds:
+            yield now
+        return
+    for number in itertools.count(caller, window.callers):
+        due = began + number / window.rate
+        if due >= began + window.seconds:
+            return
+        await asyncio.sleep(due - time.perf_counter())
+        yield due
+
+
+async def _call(moments: AsyncIterator[float], stub: Stub, window: Window, tally: Tally) -> None:
     """One caller."""
     ask = _ask_for_stream if window.stream else _ask
-    while (began := time.perf_counter()) < end:
+    async for began in moments:
         try:
             first_audio, audio_bytes = await ask(stub, window.text(), window.metadata())
         except grpc.aio.AioRpcError:

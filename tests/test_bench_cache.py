@@ -13,7 +13,7 @@ from tests.stack import ROOT
 FIELDS = {
     *(
         f"{name}.{size}"
-        for name in ("l1_hit_rps", "redis_hit_rps", "echo_rps", "hit_p99_ms")
+        for name in ("l1_hit_rps", "l1_hit_rps_2_gateways", "redis_hit_rps", "echo_rps", "hit_p99_ms")
         for size in ("30KB", "300KB")
     ),
     *("miss_overhead_us", "coalesce.engine_runs", "coalesce.first_audio_spread_ms", "late_join_first_audio_ms"),
