@@ -351,8 +351,7 @@ def _run(work: Coroutine[Any, Any, None], address: str) -> None:
 
 def _explain(error: CallError, address: str) -> None:
     if error.code is grpc.StatusCode.UNAVAILABLE and not error.reason:
-        message = f"nothing answers at {address}; start Chorus with `chorus up`, or name it with --address"
-        err.print(message, style="red", markup=False)
+        err.print(_unreachable(error.message, address), style="red", markup=False)
         return
     if error.fields:
         for name, description in error.fields.items():
@@ -361,6 +360,15 @@ def _explain(error: CallError, address: str) -> None:
     err.print(f"{error.message} ({error.code.name})", style="red", markup=False)
     if error.code is grpc.StatusCode.UNAUTHENTICATED:
         err.print("give it with --api-key or in CHORUS_API_KEY", style="red", markup=False)
+
+
+def _unreachable(said: str, address: str) -> str:
+    """What gRPC says of a connection that failed, for people."""
+    if "handshake" in said.lower():
+        return f"no TLS with {address}: it speaks none, or shows a certificate that --ca does not believe"
+    if "socket closed" in said.lower() or "reset by peer" in said.lower():
+        return f"{address} hangs up: does it speak TLS? Then say who signed it with --ca FILE, or --ca system"
+    return f"nothing answers at {address}; start Chorus with `chorus up`, or name it with --address"
 
 
 def _read(file: Path) -> str:

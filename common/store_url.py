@@ -4,7 +4,7 @@
 - `redis+sentinel://[user:password@]host:port,host:port/service[/db]`: whichever server the sentinels call the master.
 - `redis+cluster://[user:password@]host:port`: a cluster, for the cache only.
 
-`valkey` may stand in the place of `redis`.
+`rediss+sentinel` and `rediss+cluster` speak TLS, also to the sentinels. `valkey` may stand in the place of `redis`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from common.settings import StoreSettings
 
 SENTINEL = "redis+sentinel"
 CLUSTER = "redis+cluster"
+TLS = {"rediss", "rediss+sentinel", "rediss+cluster"}
 CONNECTIONS = 8
 """To one server, from one process."""
 
@@ -43,13 +44,13 @@ def connect(name: str, url: str, settings: StoreSettings) -> Any:
     }
     try:
         scheme = urlsplit(url).scheme
-        if scheme == SENTINEL:
-            return _sentinel(url, options, settings)
-        if scheme == CLUSTER:
-            return _cluster(url, options, settings)
-        tls = _tls(settings) if scheme == "rediss" else {}
+        if scheme in TLS:
+            options |= _tls(settings)
+        kind = scheme.replace("rediss", "redis")
+        if kind in (SENTINEL, CLUSTER):
+            return (_sentinel if kind == SENTINEL else _cluster)(url, options | {"ssl": scheme in TLS})
         return Redis.from_url(
-            url, retry=Retry(NoBackoff(), 0), max_connections=CONNECTIONS, **parse_url(url), **options, **tls
+            url, retry=Retry(NoBackoff(), 0), max_connections=CONNECTIONS, **parse_url(url), **options
         )
     except (ValueError, TypeError):
         raise StartupError(
@@ -68,7 +69,7 @@ async def disconnect(client: Any) -> None:
             await sentinel.aclose()
 
 
-def _sentinel(url: str, options: dict[str, Any], settings: StoreSettings) -> Any:
+def _sentinel(url: str, options: dict[str, Any]) -> Any:
     parts = urlsplit(url)
     service, _, database = parts.path.lstrip("/").partition("/")
     if not service:
@@ -88,7 +89,7 @@ def _sentinel(url: str, options: dict[str, Any], settings: StoreSettings) -> Any
     )
 
 
-def _cluster(url: str, options: dict[str, Any], settings: StoreSettings) -> Any:
+def _cluster(url: str, options: dict[str, Any]) -> Any:
     parts = urlsplit(url)
     host, port = _node(parts.netloc.rpartition("@")[2], 6379)
     return RedisCluster(

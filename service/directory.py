@@ -102,7 +102,9 @@ class Directory:
         while True:
             await asyncio.sleep(LEASE_SECONDS / 3)
             with suppress(StoreUnavailable):
-                await self._store.run(KEEP, [name], [mine, _ms(LEASE_SECONDS)])
+                if not await self._store.run(KEEP, [name], [mine, _ms(LEASE_SECONDS)]):
+                    # The store was emptied, or this process was paused and another has it now.
+                    await self._store.run(ENTER, [name], [mine, _ms(LEASE_SECONDS)])
 
 
 def _ms(seconds: float) -> int:

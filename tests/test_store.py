@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import trustme
+from redis.asyncio.connection import SSLConnection
+from redis.asyncio.sentinel import SentinelManagedSSLConnection
 from structlog.testing import capture_logs
 
 from common.errors import StartupError
 from common.settings import StoreSettings
 from common.store import MAX_WAITING, Script, Store, StoreUnavailable
+from common.store_url import connect
 from tests.faulty_proxy import faulty_proxy
 from tests.stack import free_port
 from tests.valkey import Valkey, running_valkey
@@ -222,6 +225,20 @@ async def test_without_a_url_nothing_is_available() -> None:
         assert not store.configured
         with pytest.raises(StoreUnavailable):
             await store.command("PING")
+
+
+async def test_sentinels_and_clusters_speak_tls_too(tmp_path: Path) -> None:
+    # The server in its wheel has no TLS, and a door before it cannot change the addresses that it announces: what is
+    # seen here is that the clients would speak it, and whom they would believe.
+    settings = StoreSettings(tls_ca=tmp_path / "ca.pem")
+    found = connect("cache", "rediss+sentinel://127.0.0.1:1/main", settings)
+    sentinels = found.connection_pool.sentinel_manager.sentinels
+    assert found.connection_pool.connection_class is SentinelManagedSSLConnection
+    assert found.connection_pool.connection_kwargs["ssl_ca_certs"] == str(settings.tls_ca)
+    assert {sentinel.connection_pool.connection_class for sentinel in sentinels} == {SSLConnection}
+    cluster = connect("cache", "rediss+cluster://127.0.0.1:1", settings)
+    assert cluster.connection_kwargs["ssl_ca_certs"] == str(settings.tls_ca)
+    assert cluster.connection_kwargs["connection_class"] is SSLConnection
 
 
 @pytest.mark.parametrize("url", ["http://s3cret", "redis+sentinel://host:1", "localhost", "redis://:s3cret@h:port"])

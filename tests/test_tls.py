@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from client.client import CallError, Client, Tls
 from common.errors import StartupError
 from common.settings import TlsSettings
 from common.tls import channel_credentials, server_credentials
-from tests.stack import Server, Stack
+from tests.stack import ROOT, Server, Stack, free_port
 
 
 @dataclass
@@ -108,3 +110,26 @@ def test_what_is_missing_is_told_at_the_start(tmp_path: Path, given: set[str]) -
 def test_a_certificate_without_its_key_is_no_identity(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="needs its key"):
         channel_credentials(None, tmp_path / "certificate.pem")
+
+
+async def what_check_says(address: str, *options: str) -> str:
+    """Of a server that it does not reach."""
+    command = (sys.executable, "-m", "client.cli", "check", "--address", address, *options)
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await process.communicate()
+    assert process.returncode == 69
+    return " ".join(said.decode().split())
+
+
+async def test_the_command_line_tells_what_is_wrong_with_tls(stack: Stack, tmp_path: Path) -> None:
+    ours, others = Authority(tmp_path / "ours"), Authority(tmp_path / "others")
+    service = await stack.service()
+    plain = await stack.gateway(service)
+    secret = await stack.gateway(service, wait=False, **shown(ours.pair("gateway", "127.0.0.1")))
+    await healthy(secret, ours.ca)
+    assert "--ca FILE" in await what_check_says(secret.address)
+    assert "does not believe" in await what_check_says(secret.address, "--ca", str(others.ca))
+    assert "speaks none" in await what_check_says(plain.address, "--ca", str(ours.ca))
+    assert "chorus up" in await what_check_says(f"127.0.0.1:{free_port()}")
