@@ -39,7 +39,6 @@ MARGIN_SECONDS = 0.2
 """What is left of a deadline when a call that cannot join gives up, so that its caller hears why."""
 FIRST_POLL_SECONDS = 0.05
 LONGEST_POLL_SECONDS = 1.0
-IN_PROGRESS = "IDEMPOTENCY_IN_PROGRESS"
 BUSY_SECONDS = 1.0
 """When to try again a call that runs elsewhere."""
 MOST_RUNNING_BYTES = 256 * 1024 * 1024
@@ -219,7 +218,7 @@ class Idempotency:
                 _count("in progress")
                 raise Aborted(
                     "this call runs already and has not ended yet; try again to get its answer",
-                    IN_PROGRESS,
+                    "IDEMPOTENCY_IN_PROGRESS",
                     retry_after=BUSY_SECONDS,
                 )
             await asyncio.sleep(pause)
@@ -311,7 +310,7 @@ def needs_ledger(ledger: Store) -> None:
 
 def _is_anothers(error: BaseException) -> bool:
     # Somebody else's patience with a call that runs elsewhere was shorter.
-    return is_anothers(error) or (isinstance(error, Aborted) and error.reason == IN_PROGRESS)
+    return is_anothers(error) or isinstance(error, Aborted)
 
 
 def _size(message: Message) -> int:

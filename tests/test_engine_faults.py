@@ -54,7 +54,8 @@ async def test_out_of_memory_is_an_event_that_nobody_notices_but_the_metrics(sta
 
 async def test_it_comes_back_to_full_width(stack: Stack) -> None:
     service = await stack.service(tone_faults="oom@200", tone_slots=16, batcher_recovery_seconds=0.05, **STEPS)
-    await speak(service, 16)
+    # So long that none has ended when the step comes.
+    await speak(service, 16, "A sentence of some length, number {0}. " * 4)
     assert service.metric("chorus_batcher_out_of_memory_total") == 1
     async with asyncio.timeout(30):
         while service.metric("chorus_batcher_max_rows") < 16:
