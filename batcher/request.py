@@ -49,6 +49,8 @@ class RequestEnded:
     samples: int
     queue_seconds: float
     """From arrival until the first row joined."""
+    batch_rows: int = 0
+    """The most rows that the batch had when one of its own joined, that one included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,8 @@ class Request:
     """Samples delivered."""
     arrived: float = 0.0
     first_join: float | None = None
+    batch_rows: int = 0
+    """The most rows that the batch had when one of its own joined."""
     playback_started: float | None = None
     """When the first samples were delivered; later by the length of each gap since."""
     held_back: bool = False

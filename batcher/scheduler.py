@@ -284,7 +284,10 @@ class Scheduler:
         self._speed = self._admission.speed(self._ceiling.rows)
 
     def _join(self, now: float) -> tuple[tuple[Join, ...], ...]:
-        groups = group_by_length(self._choose(now))
+        chosen = self._choose(now)
+        for row in chosen:
+            row.request.batch_rows = max(row.request.batch_rows, len(self._roster.running))
+        groups = group_by_length(chosen)
         self.counters.prefill_padding += sum(map(padding, groups))
         return tuple(tuple(Join(row.ref, row.segment) for row in group if row.ref) for group in groups)
 
@@ -419,7 +422,8 @@ class Scheduler:
         self.counters.completed += 1
         self._forget(request)
         reason = EndReason.LENGTH if request.cut else EndReason.COMPLETE
-        return RequestEnded(reason, request.samples, (request.first_join or request.arrived) - request.arrived)
+        queue_seconds = (request.first_join or request.arrived) - request.arrived
+        return RequestEnded(reason, request.samples, queue_seconds, request.batch_rows)
 
     # -- admission ----------------------------------------------------------------------------------------------------
 

@@ -376,10 +376,13 @@ def _tell(turn: Turn, status: Any, end: tts_pb2.StreamEnd, first_ms: float) -> N
     turn.call.facts["cache"] = name
     turn.call.trail(CACHE_TRAILER, name)
     parts = [f"cache;desc={name}"]
-    if end.HasField("timings"):
-        parts += [f"queue;dur={end.timings.queue_ms:.1f}", f"backend;dur={end.timings.total_ms:.1f}"]
+    # Who joined did not wait in the row's queue, and came when some of it was there already.
+    if end.HasField("timings") and status != tts_pb2.CACHE_STATUS_COALESCED:
+        timings = end.timings
+        parts += [f"queue;dur={timings.queue_ms:.1f}", f"batch-rows;desc={timings.batch_rows}"]
+        parts.append(f"backend;dur={timings.total_ms:.1f}")
     else:
-        end.timings.first_audio_ms, end.timings.total_ms = first_ms, total_ms
+        end.timings.CopyFrom(tts_pb2.Timings(first_audio_ms=first_ms, total_ms=total_ms))
     turn.call.trail(TIMING_TRAILER, ", ".join([*parts, f"total;dur={total_ms:.1f}"]))
 
 

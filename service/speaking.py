@@ -211,12 +211,13 @@ class _Teller:
             "segments": self._cast,
             "audio_s": round(seconds, 3),
             "queue_ms": round(event.queue_seconds * 1000, 1),
+            "batch_rows": event.batch_rows,
             "first_audio_ms": round(first_audio * 1000, 1),
         }
         yield tts_pb2.StreamEnd(
             finish_reason=FINISH_REASONS[event.reason],
             sample_count=event.samples,
-            timings=self._timings(event.queue_seconds),
+            timings=self._timings(event.queue_seconds, event.batch_rows),
         )
 
     def cancelled(self) -> tts_pb2.StreamEnd:
@@ -227,11 +228,12 @@ class _Teller:
             timings=self._timings(0.0),
         )
 
-    def _timings(self, queue_seconds: float) -> tts_pb2.Timings:
+    def _timings(self, queue_seconds: float, batch_rows: int = 0) -> tts_pb2.Timings:
         return tts_pb2.Timings(
             queue_ms=queue_seconds * 1000,
             first_audio_ms=(self._first_audio or 0.0) * 1000,
             total_ms=(time.monotonic() - self._call.arrived) * 1000,
+            batch_rows=batch_rows,
         )
 
     def _mark(self, part: TextSegment, start: int, end: int) -> tts_pb2.SegmentMark:

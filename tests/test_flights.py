@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,13 @@ async def test_two_hundred_callers_over_two_gateways_make_one_speech(stack: Stac
 async def test_who_comes_late_hears_it_from_the_start(stack: Stack, valkey: Valkey) -> None:
     service, gateways = await two(stack, valkey.url)
     call = await first_audio(Door(gateways[0]))
+    came = time.monotonic()
     late = await hear(Door(gateways[1]))
     assert late.starts[0].cache_status == COALESCED
+    # Its times are its own, not those of the row.
+    timings = late.ends[0].timings
+    assert timings.first_audio_ms <= timings.total_ms <= (time.monotonic() - came) * 1000
+    assert timings.queue_ms == 0
     call.cancel()
     assert runs(service) == 1
 
@@ -223,6 +229,22 @@ async def test_marks_are_of_the_callers_own_text(stack: Stack, valkey: Valkey, c
             pieces = [text.encode()[mark.start_byte : mark.end_byte].decode() for mark in heard.marks]
             assert "".join(pieces) == text
             assert len(pieces) == 2
+
+
+async def test_trailers_say_why_it_was_fast_or_slow(stack: Stack, valkey: Valkey) -> None:
+    _, (gateway, _) = await two(stack, valkey.url)
+    said = []
+    for _ in range(2):
+        call = Door(gateway).speech.Synthesize(text_request(TEXT))
+        reply = await call
+        trailers = dict(await call.trailing_metadata())
+        said.append([part.partition(";")[::2] for part in str(trailers["server-timing"]).split(", ")])
+        assert trailers["x-chorus-cache"] == dict(said[-1])["cache"].removeprefix("desc=")
+        assert reply.end.timings.total_ms > 0
+    made, found = said
+    assert [name for name, _ in made] == ["cache", "queue", "batch-rows", "backend", "total"]
+    assert dict(made)["batch-rows"] == "desc=2"  # its two sentences
+    assert [name for name, _ in found] == ["cache", "total"]
 
 
 async def test_only_what_is_in_the_cache(stack: Stack, valkey: Valkey) -> None:

@@ -407,7 +407,7 @@ def test_a_short_request_that_comes_later_ends_before_a_long_one() -> None:
 
 def test_whoever_waits_joins_in_the_tick_after_an_end() -> None:
     world = World(VirtualEngine(slots=2))
-    world.say(2)
+    short = world.say(2)
     world.say(5)
     waiting = world.say(1)
     plans = [world.tick() for _ in range(3)]
@@ -416,6 +416,16 @@ def test_whoever_waits_joins_in_the_tick_after_an_end() -> None:
     world.drain()
     assert waiting.ended
     assert waiting.ended.queue_seconds == pytest.approx(2 * 0.008)
+    assert short.ended
+    assert (short.ended.batch_rows, waiting.ended.batch_rows) == (2, 2)
+
+
+def test_who_runs_alone_is_told_so() -> None:
+    world = World(VirtualEngine(slots=8))
+    alone = world.say(2)
+    world.drain()
+    assert alone.ended
+    assert alone.ended.batch_rows == 1
 
 
 def test_no_more_rows_join_than_one_forward_pass_takes() -> None:
