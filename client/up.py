@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -213,6 +214,8 @@ def _check_in_time(child: Child, children: list[Child], deadline: float) -> None
 
 
 def _is_there(address: str) -> bool:
+    if address.startswith("unix:"):
+        return Path(address.removeprefix("unix:")).exists()
     host, _, port = address.rpartition(":")
     with suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):
         return True

@@ -38,7 +38,7 @@ class Objects:
         self._turns = asyncio.Semaphore(AT_ONCE)
         try:
             if urlsplit(url).scheme == "file":
-                self._store: Any = LocalStore(_folder(url), mkdir=True)
+                self._store: Any = LocalStore(_folder(url))
             else:
                 self._store = from_url(url)
         except (BaseError, ValueError, OSError):

@@ -40,6 +40,8 @@ class Wanted:
         self.key = key
         self.names = flight_names(key.hex(), priority)
         self.landed = landed
+        self.started = False
+        """It was this call that asked for it, and pays."""
         self.metadata = ((INTERNAL_SPEECH_KEY, key.hex()), (INTERNAL_REVISION, revision))
 
 
@@ -59,6 +61,10 @@ class Flights:
         """There is no room for what others may join: what is asked for now is made for itself."""
         tapes: list[Tape[Any]] = [*self._streams.values(), *self._wholes.values()]
         return sum(tape.bytes for tape in tapes) >= self._settings.flights.bytes
+
+    def goes_on(self, wanted: Wanted) -> bool:
+        """Whether others still hear what this call has started."""
+        return wanted.started and self.running(wanted)
 
     def running(self, wanted: Wanted) -> bool:
         """Whether a call for this speech could join another of this gateway."""
@@ -169,6 +175,7 @@ class Flights:
             if master is not None:
                 wanted.landed(master)
 
+        wanted.started = True
         name = wanted.names[-1]
         tape = tapes[name] = Tape(ask(), size=size, done=done)
         return tape

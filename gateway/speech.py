@@ -200,7 +200,7 @@ class Speech:
     ) -> tts_pb2.SynthesizeResponse:
         """Made for this caller and all who ask for the same meanwhile."""
         pay = partial(turn.admission.hold, self._estimator.seconds(request))
-        with _settled(turn.admission, lambda: self._flights.running(wanted)) as meter:
+        with _settled(turn.admission, lambda: self._flights.goes_on(wanted)) as meter:
             shared, joined = await self._flights.whole(wanted, request, turn, pay)
             reply = tts_pb2.SynthesizeResponse()
             reply.CopyFrom(shared)
@@ -215,7 +215,7 @@ class Speech:
         self, wanted: Wanted, request: tts_pb2.StreamSynthesizeRequest, turn: Turn
     ) -> AsyncGenerator[SpeechMessage, None]:
         pay = partial(turn.admission.hold, self._estimator.seconds(request))
-        with _settled(turn.admission, lambda: self._flights.running(wanted)) as meter:
+        with _settled(turn.admission, lambda: self._flights.goes_on(wanted)) as meter:
             async with aclosing(self._flights.stream(wanted, request, turn, pay)) as messages:
                 async for shared, joined in messages:
                     message: Any = type(shared)()
@@ -342,11 +342,10 @@ def _settled(admission: Admission, goes_on: Callable[[], bool] = lambda: False) 
     meter = _Meter()
     try:
         yield meter
-    except ChorusError as error:
-        admission.settle(0.0 if error.code in OUR_FAILURES else meter.charged)
-        raise
-    except BaseException:
-        if not goes_on():
+    except BaseException as error:
+        if isinstance(error, ChorusError) and error.code in OUR_FAILURES:
+            admission.settle(0.0)
+        elif not goes_on():
             admission.settle(meter.charged)
         raise
     admission.settle(meter.charged)

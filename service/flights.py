@@ -65,9 +65,9 @@ class Flights:
         # Metrics are read on another thread, while flights come and go.
         return sum(flight.tape.bytes for flight in tuple(self._flights.values()))
 
-    def room(self, key: str) -> bool:
+    def room(self, key: str, priority: str) -> bool:
         """Whether a speech can be joined, or begun so that others can join it."""
-        return key in self._flights or self.bytes < self._settings.bytes
+        return self._joinable(flight_names(key, priority)) is not None or self.bytes < self._settings.bytes
 
     async def follow(
         self,

@@ -203,7 +203,8 @@ class Servicer(
         def start(deadline: Deadline) -> Messages:
             return self._speak(manner, WholeText(text, manner.language), terms, deadline)
 
-        if key is None or text_value(metadata, INTERNAL_REVISION) != self._revision or not self._flights.room(key):
+        known = key is not None and text_value(metadata, INTERNAL_REVISION) == self._revision
+        if key is None or not known or not self._flights.room(key, call.priority):
             async with aclosing(start(Deadline(admission, deadline))) as alone:
                 async for message in alone:
                     yield message

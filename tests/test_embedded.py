@@ -99,3 +99,32 @@ def test_its_stores_end_with_it_however_it_ends(tmp_path: Path) -> None:
     while any(server(tmp_path / "state", name) for name in ("ledger", "cache")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_server_waits_for_the_one_before_it(tmp_path: Path) -> None:
+    # Of a `chorus up` that was killed, for example: both would write to one append-only file.
+    with embedded(load_settings([f"store.folder={tmp_path}"])) as (ledger, _):
+        first = subprocess.Popen(ledger.command())
+        second = None
+        try:
+            until_there(ledger.socket)
+            ledger.socket.unlink()
+            second = subprocess.Popen(ledger.command())
+            time.sleep(1.0)
+            assert not ledger.socket.exists()
+            assert second.poll() is None
+            first.terminate()
+            first.wait(30)
+            until_there(ledger.socket)
+        finally:
+            for process in filter(None, (first, second)):
+                process.terminate()
+                process.wait(30)
+
+
+def until_there(path: Path) -> None:
+    """Waits for a file."""
+    end = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -6,15 +6,23 @@ import asyncio
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
+from common.errors import DeadlineExceeded, Unavailable
+from common.settings import StoreSettings
+from common.speech import SpeechMessage
+from common.store import Store
+from gateway.speech import _settled
 from protos.chorus.v1 import tts_pb2
+from service.directory import Directory
 from tests.calls import Door, failure, until
 from tests.hearing import LANGUAGE, Heard
 from tests.stack import Server, Stack, stream_request, text_request
@@ -151,6 +159,26 @@ async def test_who_starts_it_and_leaves_pays_for_those_who_hear_on(stack: Stack,
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await hear(door, "b" * 100)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    ("error", "goes_on", "settled"),
+    [
+        (asyncio.CancelledError(), True, []),
+        (asyncio.CancelledError(), False, [0.0]),
+        (DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED"), True, []),
+        (DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED"), False, [0.0]),
+        (Unavailable("gone", "GONE"), True, [0.0]),
+    ],
+)
+def test_however_a_starter_leaves_its_estimate_stays_while_others_hear_on(
+    error: BaseException, goes_on: bool, settled: list[float]
+) -> None:
+    admission: Any = SimpleNamespace(told=[])
+    admission.settle = admission.told.append
+    with pytest.raises(type(error)), _settled(admission, lambda: goes_on):
+        raise error
+    assert admission.told == settled
 
 
 async def test_the_last_leaves_and_its_place_is_free(stack: Stack, valkey: Valkey) -> None:
@@ -401,6 +429,30 @@ async def test_random_joins_and_cancels_leave_nothing_behind(stack: Stack, valke
     for gateway in gateways:
         await gateway.until_metric("chorus_calls_active", 0)
         assert not [line for line in gateway.log() if line["level"] == "error"]
+
+
+async def test_what_the_store_forgot_is_entered_again(valkey: Valkey) -> None:
+    store = Store("cache", valkey.url, StoreSettings(budget=5.0))
+    go_on = asyncio.Event()
+
+    async def speech() -> AsyncGenerator[SpeechMessage, None]:
+        yield tts_pb2.StreamStart()
+        await go_on.wait()
+
+    async with (
+        valkey.client() as client,
+        aclosing(Directory(store, "here:1", 0.0).listed("k", speech(), here=False)) as it,
+    ):
+        await anext(it)
+        entry = await client.get("flight:k")
+        assert entry
+        await client.flushall()
+        async with asyncio.timeout(30):
+            while await client.get("flight:k") != entry:
+                await asyncio.sleep(0.1)
+        go_on.set()
+        assert [message async for message in it] == []
+    await store.close()
 
 
 async def test_a_stranger_cannot_join_under_a_key(stack: Stack) -> None:

@@ -35,6 +35,12 @@ async def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         await objects.put(objects.name("claims", "abc"), b"x")
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StartupError, match=f"cannot make the folder {tmp_path}/file/objects"):
+        Objects(f"file://{tmp_path}/file/objects")
+
+
 @pytest.mark.parametrize("url", ["nothing", "ftp://somewhere"])
 def test_a_url_that_means_nothing(url: str) -> None:
     with pytest.raises(StartupError, match=r"store\.objects"):
