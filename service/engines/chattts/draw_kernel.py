@@ -34,15 +34,14 @@ MOST_TOKENS = 4096
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
 _FACTOR_1 = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
 _FACTOR_2 = tl.constexpr(0x94D049BB133111EB - (1 << 64))
-_RANDOM_BITS = tl.constexpr(52)
+_DROPPED_BITS = tl.constexpr(64 - 52)
+_RANDOM_SCALE = tl.constexpr(2.0**-52)
 _LEAST = tl.constexpr(-(1 << 63))
 _MOST = tl.constexpr((1 << 63) - 1)
 _LOW_31 = tl.constexpr((1 << 31) - 1)
 
 
-def draw(
-    logits: Tensor, recent: Tensor, step: Tensor, sampling: Sampling, end: int, first_codebook: int = 0
-) -> Tensor:
+def draw(logits: Tensor, recent: Tensor, step: Tensor, sampling: Sampling, end: int, first_codebook: int = 0) -> Tensor:
     """Draws a token for each row and codebook.
 
     Args:
@@ -90,7 +89,7 @@ def draw(
 @triton.jit
 def _shift(value, bits: tl.constexpr):
     """A shift to the right that moves in zeros."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+    return (value.to(tl.uint64, bitcast=True) >> bits).to(tl.int64, bitcast=True)
 
 
 @triton.jit
@@ -113,12 +112,12 @@ def _random_bits(seed, segment, attempt, step, codebook, token):
     state = _absorb(state, attempt)
     state = _absorb(state, step)
     state = _absorb(state, codebook)
-    return _shift(_mix(state + (token + 1) * _GAMMA), 64 - _RANDOM_BITS)
+    return _shift(_mix(state + (token + 1) * _GAMMA), _DROPPED_BITS)
 
 
 @triton.jit
 def _gumbel(bits):
-    uniform = (bits.to(tl.float64) + 0.5) * (1.0 / (1 << _RANDOM_BITS))
+    uniform = (bits.to(tl.float64) + 0.5) * _RANDOM_SCALE
     return (-tl.log(-tl.log(uniform))).to(tl.float32)
 
 

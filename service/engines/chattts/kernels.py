@@ -74,9 +74,7 @@ def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     return total, normed
 
 
-def rotate_and_store(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keys: Tensor, values: Tensor
-) -> Tensor:
+def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Turns queries and keys by their positions' angles, and writes keys and values into the cache.
 
     Row b's go to `keys[b, :, positions[b]]` and `values[b, :, positions[b]]`.
