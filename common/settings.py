@@ -306,6 +306,10 @@ class ChatTTSSettings(Section):
     """Steps that the vocoder hears ahead. Default: all that matter, 52; fewer are sooner heard and less exact."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads that compute on a CPU; 0: one less than there are cores."""
+    graphs: bool = True
+    """On a GPU, record each pass at the start and replay it. Without, passes of few rows take many times as long."""
+    kernels: bool = True
+    """On a GPU, use kernels of our own between products. Without, torch's operators."""
     deterministic: bool = False
     """A row's tokens never depend on other rows, not even by rounding. Slow: every step is as dear as a full one."""
 

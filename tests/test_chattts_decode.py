@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batcher.engine import EndReason
-from service.engines.chattts.decode import ATTEMPTS, Decoder, Drawing, Kind, Row
+from service.engines.chattts.decode import (
+    ATTEMPTS,
+    LOOSE_STEPS,
+    PROMPT_TOKENS,
+    TEXT_ROWS,
+    Decoder,
+    Drawing,
+    Kind,
+    Row,
+)
 from service.engines.chattts.load import Weights, load_weights
 from service.engines.chattts.prompt import Prompt, Prompter
 from service.engines.chattts.sample import NO_TOKEN, WINDOW, Sampling, process
 from service.engines.chattts.upstream import import_chattts
+from tests.recording import Recorder
 from tests.test_chattts_sample import p_value
 
 GREEDY = 1e-5
@@ -168,9 +179,16 @@ def _sampling(drawing: Drawing) -> Sampling:
     )
 
 
-def new_decoder(weights: Weights, slots: int, length: int = LENGTH, *, deterministic: bool = False) -> Decoder:
+def new_decoder(
+    weights: Weights,
+    slots: int,
+    length: int = LENGTH,
+    *,
+    deterministic: bool = False,
+    recorder: Recorder | None = None,
+) -> Decoder:
     end = Prompter(weights.tokenizer).refine_end
-    return Decoder(weights, slots, length, end, deterministic=deterministic)
+    return Decoder(weights, slots, length, end, deterministic=deterministic, recorder=recorder)
 
 
 def run(decoder: Decoder, groups: Iterable[Sequence[Row]], steps: int = 1) -> None:
@@ -230,12 +248,12 @@ def test_free_running_in_one_batch_of_mixed_lengths(
     follower.conclude()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "recorded"), [(0, False), (1, False), (2, False), (0, True)])
 def test_free_running_with_rows_that_join_and_leave_at_random(
-    weights: Weights, asker: Asker, references: list[Reference], seed: int
+    weights: Weights, asker: Asker, references: list[Reference], seed: int, recorded: bool
 ) -> None:
     chance = random.Random(seed)
-    decoder = new_decoder(weights, 5)
+    decoder = new_decoder(weights, 5, recorder=Recorder() if recorded else None)
     follower = Follower(weights, decoder)
     waiting = [*references, *(chance.choice(references) for _ in range(6))]
     running: dict[Row, Reference] = {}
@@ -336,9 +354,9 @@ def test_first_tokens_follow_upstreams_distribution(weights: Weights, asker: Ask
 # -- rows among themselves --------------------------------------------------------------------------------------------
 
 
-def lively(seed: int, max_steps: int = 60) -> Drawing:
+def lively(seed: int, max_steps: int = 60, min_steps: int = 0) -> Drawing:
     """At a temperature at which each token is a choice."""
-    return Drawing(temperature=0.8, top_p=0.9, seed=seed, max_steps=max_steps)
+    return Drawing(temperature=0.8, top_p=0.9, seed=seed, min_steps=min_steps, max_steps=max_steps)
 
 
 def test_in_deterministic_mode_a_row_is_the_same_bit_for_bit_in_any_company(weights: Weights, asker: Asker) -> None:
@@ -360,7 +378,7 @@ def test_in_deterministic_mode_a_row_is_the_same_bit_for_bit_in_any_company(weig
             assert other.done == alone[number].done
             assert (other.tokens == alone[number].tokens).all()
             assert other.ended == alone[number].ended
-            assert torch.equal(torch.cat(other._hidden), torch.cat(alone[number]._hidden))
+            assert torch.equal(other.hidden(0, other.done), alone[number].hidden(0, other.done))
 
 
 def test_steps_in_one_call_or_in_many_are_the_same(weights: Weights, asker: Asker) -> None:
@@ -476,3 +494,112 @@ def test_hidden_states_outlive_the_slot_until_they_are_dropped(weights: Weights,
     assert torch.equal(row.hidden(7, 20), whole[7:20])
     row.drop_hidden(20)
     assert torch.equal(row.hidden(20, row.done), whole[20:])
+
+
+def test_states_are_gathered_before_other_rows_memory_is_held_for_long(weights: Weights, asker: Asker) -> None:
+    """A row whose listener is slow keeps no other row's states; what is kept is right."""
+    rows = [asker.row(text, lively(number, min_steps=STEPS, max_steps=STEPS)) for number, text in enumerate(TEXTS[:3])]
+    alone = asker.row(TEXTS[0], rows[0].drawing)
+    run(new_decoder(weights, 1), [[alone]], steps=8)
+    decoder = new_decoder(weights, 3)
+    decoder.advance([rows], 0)
+    while decoder.rows:
+        decoder.advance([], 8)
+        rows[1].drop_hidden(max(0, rows[1].done - 52))
+        assert rows[1].over or not rows[1].loose, "it is vocoded in time"
+        assert rows[0]._loose <= LOOSE_STEPS + 8
+    decoder.advance([], 0)
+    assert not any(row.loose for row in rows)
+    assert sum(piece.untyped_storage().nbytes() for piece in rows[0]._hidden) == 4 * STEPS * decoder.hidden_size
+    assert torch.allclose(rows[0].hidden(0, STEPS), alone.hidden(0, STEPS), rtol=0, atol=1e-4)
+
+
+# -- launched before the last is done, and recorded -------------------------------------------------------------------
+
+
+def test_work_is_launched_before_the_last_is_taken_in(weights: Weights, asker: Asker) -> None:
+    """Rows join and end meanwhile, one leaves, and each gets what it gets alone."""
+
+    def rows() -> list[Row]:
+        lengths = (20, 33, 90, 47, 60, 25)
+        return [
+            asker.row(text, lively(number, min_steps=steps, max_steps=steps))
+            for number, (text, steps) in enumerate(zip(TEXTS, lengths, strict=True))
+        ]
+
+    alone, together = rows(), rows()
+    for row in alone:
+        run(new_decoder(weights, 6), [[row]])
+    decoder = new_decoder(weights, 6)
+    under_way = deque([decoder.launch([together[:2]], 5)])
+    joining = deque([[together[2]], [together[3], together[4]], [together[5]]])
+    ticks = 0
+    while decoder.rows:
+        ticks += 1
+        under_way.append(decoder.launch([joining.popleft()] if joining and ticks % 2 else [], 5))
+        if ticks == 4:
+            decoder.leave(together[3])
+            assert together[3].done < 20
+        news = decoder.settle(under_way.popleft())
+        assert together[3] not in news or ticks < 4
+    for number, (row, other) in enumerate(zip(together, alone, strict=True)):
+        if number != 3:
+            assert (row.tokens == other.tokens).all()
+            assert row.ended is other.ended is EndReason.LENGTH
+
+
+def test_recorded_passes_are_replayed_for_rows_of_all_kinds(
+    weights: Weights, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a decoder that calls: any number of rows, refined texts, more of them than is recorded, a long prompt."""
+
+    def rows() -> list[list[Row]]:
+        def row(number: int, text: str) -> Row:
+            return asker.row(text, lively(number, min_steps=30, max_steps=30 + number))
+
+        texts = [asker.text_row(text, lively(number, max_steps=12 + number)) for number, text in enumerate(TEXTS)]
+        many = [asker.text_row(TEXTS[n % 3], lively(20 + n, max_steps=6)) for n in range(TEXT_ROWS)]
+        long = row(9, "long " * 150)
+        assert long.prompt_tokens > PROMPT_TOKENS[-1]
+        return [[row(0, TEXTS[0])], [row(n, TEXTS[n]) for n in (1, 2)], texts, [row(5, TEXTS[5])], many, [long]]
+
+    def speak(decoder: Decoder) -> list[Row]:
+        groups = rows()
+        for group in groups:
+            decoder.advance([group], 3)
+        run(decoder, [], steps=3)
+        return [row for group in groups for row in group]
+
+    called = speak(new_decoder(weights, 24))
+    recorder = Recorder()
+    decoder = new_decoder(weights, 24, recorder=recorder)
+    calls = noted_calls(monkeypatch, decoder)
+    before = recorder.replayed
+    replayed = speak(decoder)
+    assert recorder.replayed - before > 30
+    assert calls["decode"] < decoder.step_calls / 3, "only with more text rows than are recorded"
+    assert calls["prefill"] == 3, "two with texts, and a long one"
+    for row, other in zip(replayed, called, strict=True):
+        assert (row.tokens == other.tokens).all()
+
+
+def test_what_is_recorded_never_waits_for_the_device(weights: Weights) -> None:
+    with pytest.raises(RuntimeError, match="would wait"):
+        Recorder()(lambda: (torch.ones(1)[: int(torch.ones(1, dtype=torch.int64).item())],))
+    assert new_decoder(weights, 1, 64, recorder=Recorder()).rows == []
+
+
+def noted_calls(monkeypatch: pytest.MonkeyPatch, decoder: Decoder) -> Counter[str]:
+    """How often Python runs the transformer."""
+    calls: Counter[str] = Counter()
+    for name in ("decode", "prefill"):
+        monkeypatch.setattr(decoder._gpt, name, _noted(calls, name, getattr(decoder._gpt, name)))
+    return calls
+
+
+def _noted(calls: Counter[str], name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def noted(*args: Any) -> Tensor:
+        calls[name] += 1
+        return function(*args)
+
+    return noted

@@ -68,6 +68,13 @@ def engine(shared: ChatTTSEngine) -> Iterator[ChatTTSEngine]:
     assert (shared.held_slots, shared.kept_rows) == (0, 0)
 
 
+@pytest.fixture(params=[0, 1], ids=["at once", "one plan late"])
+def punctual(engine: ChatTTSEngine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ChatTTSEngine:
+    """The engine, which answers at once as on a CPU, or one plan late as on a GPU."""
+    monkeypatch.setattr(engine, "_behind", request.param)
+    return engine
+
+
 def segment(text: str = "hello you", seed: int = 1, **fields: Any) -> Segment:
     return Segment(text, fields.pop("voice", "female1"), "en-US", seed=seed, **fields)
 
@@ -119,6 +126,7 @@ class Driver:
         self.until_over(*refs, steps=steps)
         for ref in refs:
             self.run(Plan(vocode=(Vocode(ref, self.steps[ref]),)))
+        self.run(Plan())
         return [pcm(self.samples[ref]) for ref in refs]
 
 
@@ -203,14 +211,15 @@ def test_a_row_from_join_to_last_sample(engine: ChatTTSEngine) -> None:
     assert not driver.run(Plan(leaves=(ref,), vocode=(Vocode(ref, done),))), "unknown rows are nobody's business"
 
 
-def test_samples_do_not_depend_on_how_they_are_asked_for(engine: ChatTTSEngine) -> None:
+def test_samples_do_not_depend_on_how_they_are_asked_for(punctual: ChatTTSEngine) -> None:
+    engine = punctual
     driver, chance = Driver(engine), random.Random(3)
     (whole,) = driver.say(segment(seed=5))
     for _ in range(3):
         join = driver.join(segment(seed=5))
         driver.run(Plan(joins=((join,),)))
         while engine.kept_rows:
-            final = driver.steps[join.ref] - (0 if join.ref in driver.ended else 52)
+            final = driver.steps.get(join.ref, 0) - (0 if join.ref in driver.ended else 52)
             wish = Vocode(join.ref, chance.randint(0, final)) if final > 0 else None
             if join.ref in driver.ended and chance.random() < 0.1:
                 wish = Vocode(join.ref, final)
@@ -227,6 +236,27 @@ def test_a_row_that_leaves_is_forgotten_wherever_it_is(engine: ChatTTSEngine) ->
     driver.until_over(joins[1].ref, joins[3].ref)
     driver.run(Plan(leaves=(joins[1].ref, joins[3].ref, joins[0].ref)))
     assert (engine.held_slots, engine.kept_rows) == (0, 0)
+
+
+def test_one_plan_late_the_next_is_launched_before_the_last_is_taken_in(
+    engine: ChatTTSEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (undisturbed,) = Driver(engine).say(segment(seed=5))
+    monkeypatch.setattr(engine, "_behind", 1)
+    driver = Driver(engine)
+    join, other = driver.join(segment(seed=5)), driver.join(segment(seed=6), 1)
+    assert driver.run(Plan(joins=((join, other),), steps=60)) == ()
+    assert driver.run(Plan(steps=1))[0].steps_done == 61, "the first plan's"
+    assert driver.run(Plan(steps=1, vocode=(Vocode(join.ref, 9),)))[0].pcm is None
+    (report,) = driver.run(Plan(steps=1, leaves=(other.ref,)))
+    assert report.pcm is not None
+    assert report.pcm.to_step == 9
+    assert other.ref not in {report.ref for report in driver.run(Plan(steps=1))}, "what left is not spoken of"
+    driver.until_over(join.ref, steps=4)
+    driver.run(Plan(vocode=(Vocode(join.ref, driver.steps[join.ref]),)))
+    driver.run(Plan())
+    assert driver.run(Plan()) == ()
+    assert_same_sound(pcm(driver.samples[join.ref]), undisturbed)
 
 
 def test_a_contradiction_is_refused_and_all_is_forgotten(engine: ChatTTSEngine) -> None:
@@ -372,15 +402,17 @@ ON_GPU = torch.OutOfMemoryError("injected")
 
 @pytest.mark.parametrize(("where", "error"), [("prefill", ON_GPU), ("decode", ON_CPU), ("vocode", ON_GPU)])
 def test_out_of_memory_leaves_the_others_as_they_were(
-    engine: ChatTTSEngine,
+    punctual: ChatTTSEngine,
     undisturbed: NDArray[np.int16],
     monkeypatch: pytest.MonkeyPatch,
     where: str,
     error: Exception,
 ) -> None:
+    engine = punctual
     driver = Driver(engine)
     join, newcomer = driver.join(segment(seed=7)), driver.join(segment(seed=8), 1)
     driver.run(Plan(joins=((join,),), steps=59))
+    driver.run(Plan())
     thing, method = {
         "prefill": (engine._decoder._gpt, "prefill"),
         "decode": (engine._decoder._gpt, "decode"),
@@ -395,6 +427,7 @@ def test_out_of_memory_leaves_the_others_as_they_were(
     driver.run(Plan(joins=((newcomer,),), steps=5))
     driver.until_over(join.ref, newcomer.ref)
     driver.run(Plan(vocode=(Vocode(join.ref, driver.steps[join.ref]),), leaves=(newcomer.ref,)))
+    driver.run(Plan())
     assert_same_sound(pcm(driver.samples[join.ref]), undisturbed)
 
 
@@ -450,8 +483,11 @@ async def hear(runner: Runner, segments: Sequence[Segment], **options: Any) -> b
     return heard
 
 
-async def test_many_requests_through_the_real_scheduler(engine: ChatTTSEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_requests_through_the_real_scheduler(
+    punctual: ChatTTSEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More than there are slots, of several rows, some refined; each sounds as if it were alone."""
+    engine = punctual
     # What random weights call refined is read again as several times as many tokens.
     monkeypatch.setattr(engine_module, "REFINING", replace(engine_module.REFINING, max_steps=24))
     chance = random.Random(1)

@@ -19,10 +19,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import rms_norm, silu
 
 from service.engines.chattts import sample
-from service.engines.chattts.gpt import _rms_norm, _rotate
+from service.engines.chattts.operations import Rotary
 from service.engines.chattts.sample import NO_TOKEN, WINDOW, Sampling
 from tests.test_chattts_sample import sampling
 
@@ -33,6 +33,9 @@ with pytest.MonkeyPatch.context() as patch:
     triton = pytest.importorskip("triton")
 
     from service.engines.chattts import draw_kernel, kernels
+    from service.engines.chattts.decode import Decoder, Drawing, Kind, Row
+    from service.engines.chattts.load import load_weights
+    from service.engines.chattts.prompt import Prompt
     from tests import kernel_parts
 
 GARBAGE = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
@@ -90,11 +93,11 @@ def test_norms(dtype: torch.dtype, rows: int, size: int) -> None:
     # Where `gpt.py` rounds to nearest and a GPU does too, the interpreter cuts off bits of bf16.
     rounding = 2 * torch.finfo(dtype).eps
     normed = kernels.norm(x, weight, EPS)
-    assert torch.allclose(normed, _rms_norm(x, weight, EPS), rtol=rounding, atol=1e-6)
+    assert torch.allclose(normed, rms_norm(x, weight.shape, weight, EPS), rtol=rounding, atol=1e-6)
     for left, right in ((x, delta), (delta, x)):
         total, normed = kernels.add_norm(left, right, weight, EPS)
         assert close(total, x.float() + delta.float())
-        assert torch.allclose(normed, _rms_norm(total, weight, EPS), rtol=rounding, atol=1e-6)
+        assert torch.allclose(normed, rms_norm(total, weight.shape, weight, EPS), rtol=rounding, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,9 +141,9 @@ def test_rotation(dtype: torch.dtype, rows: int, heads: int, size: int) -> None:
     turn = (cos[positions].float()[:, None], sin[positions].float()[:, None])
     q, k, v = qkv.view(rows, 3, heads, size).float().unbind(1) if qkv.is_contiguous() else _parts(qkv, heads)
     assert turned.is_contiguous()
-    assert close(turned, _rotate(q, *turn))
+    assert close(turned, Rotary(*turn).turned(q))
     places = torch.arange(rows, device=DEVICE)
-    assert close(keys[places, :, positions], _rotate(k, *turn))
+    assert close(keys[places, :, positions], Rotary(*turn).turned(k))
     assert torch.equal(values[places, :, positions].float(), v)
     for written, before in zip((keys, values), cache, strict=True):
         rest = torch.ones(slots, length, dtype=torch.bool, device=DEVICE)
@@ -417,3 +420,31 @@ def test_all_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None
     command = [sys.executable, "-m", "tests.compiled_kernels"]
     printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     assert len(set(printed.split())) == 7
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_quick_sort")
+@GARBAGE
+def test_rows_are_decoded_as_without_kernels(tiny_checkpoint: Path) -> None:
+    """Rows of different lengths, one that joins later, and a text row, whose vocabulary is too large for the kernel."""
+    weights = load_weights(tiny_checkpoint, DEVICE, "fp32", check_sums=False)  # type: ignore[arg-type]
+
+    def decoded(*, kernels: bool) -> list[Row]:
+        def row(number: int, kind: Kind = Kind.SPEECH) -> Row:
+            prompt = Prompt(list(range(100, 105 + 4 * number)))
+            return Row(prompt, drawing=Drawing(temperature=0.8, seed=number, min_steps=4, max_steps=4), kind=kind)
+
+        rows = [row(0), row(3), row(1, Kind.TEXT), row(2)]
+        decoder = Decoder(weights, 4, 64, 7, kernels=kernels)
+        decoder.advance([rows[:3]], 2)
+        decoder.advance([rows[3:]], 2)
+        while decoder.rows:
+            decoder.advance([], 2)
+        return rows
+
+    with torch.inference_mode():
+        for row, other in zip(decoded(kernels=True), decoded(kernels=False), strict=True):
+            assert (row.tokens == other.tokens).all()
+            assert torch.allclose(row.hidden(0, 4), other.hidden(0, 4), rtol=0, atol=1e-4)

@@ -6,8 +6,11 @@ import hashlib
 import math
 import os
 import traceback
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -29,8 +32,10 @@ from batcher.engine import (
 from common.errors import StartupError
 from common.settings import ChatTTSSettings
 from service.engines.chattts.costs import Costs, measure
-from service.engines.chattts.decode import ATTEMPTS, Decoder, Drawing, Kind, Row
+from service.engines.chattts.decode import ATTEMPTS, Decoder, Drawing, Kind, Launched, Row
+from service.engines.chattts.graphs import CudaRecorder
 from service.engines.chattts.hub import find_checkpoint
+from service.engines.chattts.lanes import Fetched, Lane
 from service.engines.chattts.load import Weights, load_weights
 from service.engines.chattts.memory import choose_slots, is_out_of_memory
 from service.engines.chattts.prompt import Prompter
@@ -94,18 +99,18 @@ class _Row:
         """Nothing more is to be reported of it."""
         return self.error is not None or (self.end_told and self.vocoded == self.done)
 
-    def work(self, to_step: int, lookahead: int) -> VocoderWork | None:
+    def need(self, to_step: int, lookahead: int) -> _Need | None:
         """What the vocoder needs for the samples up to a step; None if it has it."""
         wanted = min(to_step + lookahead, self.done)
         last = self.ended is not None and wanted == self.done
         if self.vocoder.ended or (wanted <= self.fed and not last):
             return None
-        return VocoderWork(self.vocoder, self.decoded.hidden(self.fed, wanted), last)
+        return _Need(self, wanted, last)
 
-    def made(self, work: VocoderWork, samples: bytes) -> None:
-        """The vocoder has done its work. Nothing of this needs the device's memory."""
-        self.fed += len(work.hidden)
-        self.ready += samples
+    def was_fed(self, to_step: int) -> None:
+        """The vocoder has got the steps up to this one."""
+        self.fed = to_step
+        self.decoded.drop_hidden(to_step)
 
     def give(self, to_step: int, samples_per_step: int) -> Pcm | None:
         """The samples up to a step; None if they are given."""
@@ -127,8 +132,47 @@ class _Row:
         return RowReport(self.ref, self.done, ended, pcm, self.error)
 
 
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """A row's steps that the vocoder needs next."""
+
+    row: _Row
+    to_step: int
+    last: bool
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        """Their states."""
+        return self.row.decoded.pieces(self.row.fed, self.to_step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Vocoding:
+    """A pass of the vocoder that the device has been given."""
+
+    rows: Sequence[_Row]
+    lengths: Sequence[int]
+    """Samples of each."""
+    samples: Fetched
+    """Of all, one row behind the other."""
+    hidden: Tensor
+    """What it reads: memory of another lane, to be kept until it is done."""
+
+
+@dataclass(slots=True)
+class _Tick:
+    """What a plan had the device do, as far as it has been given to it."""
+
+    launched: Launched | None = None
+    vocoding: _Vocoding | None = None
+    wishes: Sequence[Vocode] = ()
+
+
 class ChatTTSEngine:
     """A `SpeechEngine` on ChatTTS's weights.
+
+    On a GPU it answers one plan late: the device works on the next while the last one's results are on their way, and
+    the vocoder goes on beside the decoder.
 
     Args:
         settings: which weights, where, and for how many rows.
@@ -152,13 +196,17 @@ class ChatTTSEngine:
             most = weights.dimensions.max_positions - PROMPT_TOKENS
             raise StartupError(f"chattts.max_steps is {settings.max_steps}, but the model takes at most {most}")
         self._device = weights.device
+        self._decoding, self._vocoding = Lane(self._device, urgent=True), Lane(self._device)
+        self._behind = int(self._device.type == "cuda")
+        """Plans that may be under way when the next one comes."""
+        self._ticks: deque[_Tick] = deque()
+        """Those whose results were not taken in, the oldest first."""
         self._max_steps = settings.max_steps
         self._speakers = _speakers(settings, weights)
         self.voices = tuple(sorted(self._speakers))
         self._prompter = Prompter(weights.tokenizer)
         slots = choose_slots(settings.slots, length, weights)
-        end = self._prompter.refine_end
-        self._decoder = Decoder(weights, slots, length, end, deterministic=settings.deterministic)
+        self._decoder = _decoder(settings, weights, slots, length, self._prompter.refine_end)
         self._vocoder = _vocoder(settings, weights)
         self.model_revision = _revision(weights, self._vocoder, self._speakers)
         self._rows: dict[int, _Row] = {}
@@ -167,6 +215,7 @@ class ChatTTSEngine:
         """Those whose text is refined: their sound joins next."""
         self._news: dict[int, _Row] = {}
         """Those of which there is something to report."""
+        self._reports: list[RowReport] = []
         self.caps = self._make_caps(slots, measure(self._decoder, self._vocoder))
 
     @property
@@ -214,11 +263,18 @@ class ChatTTSEngine:
         self._forget_all()
 
     def _run(self, plan: Plan) -> Report:
-        self._leave(plan.leaves)
-        groups = [[self._admit(join) for join in group] for group in plan.joins]
-        self._decode([*groups, self._refined], plan.steps)
-        self._vocode(plan.vocode)
-        return self._report(plan.vocode)
+        with self._decoding.entered():
+            self._leave(plan.leaves)
+            groups = [[self._admit(join) for join in group] for group in plan.joins]
+            tick = _Tick()
+            self._ticks.append(tick)  # what is launched will be taken in, also if the rest of the plan fails
+            tick.launched = self._decode([*groups, self._refined], plan.steps)
+            tick.vocoding = self._vocode(plan.vocode)
+            tick.wishes = plan.vocode
+            idle = not (plan.joins or plan.steps or plan.vocode)
+            while len(self._ticks) > (0 if idle else self._behind):
+                self._take_in(self._ticks.popleft())
+        return self._report()
 
     # -- a plan's parts -----------------------------------------------------------------------------------------------
 
@@ -234,19 +290,18 @@ class ChatTTSEngine:
             raise ValueError(f"{join.ref} cannot join: its number is in use")
         segment = join.segment
         decoded = self._refining(segment) if segment.refine_text else self._speaking(segment)
-        row = self._rows[join.ref.row] = _Row(join.ref, segment, decoded, self._vocoder.begin())
+        with self._vocoding.entered():
+            vocoder = self._vocoder.begin()
+        row = self._rows[join.ref.row] = _Row(join.ref, segment, decoded, vocoder)
         self._check_prompt(row)
         return row
 
-    def _decode(self, groups: Sequence[Sequence[_Row]], steps: int) -> None:
+    def _decode(self, groups: Sequence[Sequence[_Row]], steps: int) -> Launched:
         joining = [[row for row in group if row.error is None] for group in groups]
-        decoding = [[row.decoded for row in group] for group in joining if group]
-        news = self._decoder.advance(decoding, steps)
+        launched = self._decoder.launch([[row.decoded for row in group] for group in joining if group], steps)
         self._owners |= {row.decoded: row for group in joining for row in group}
         self._refined = []
-        for decoded in news:
-            row = self._owners.pop(decoded) if decoded.over else self._owners[decoded]
-            self._settle(row)
+        return launched
 
     def _settle(self, row: _Row) -> None:
         """Takes in what decoding has come to."""
@@ -262,39 +317,61 @@ class ChatTTSEngine:
             if row.error is None:
                 self._refined.append(row)
 
-    def _vocode(self, wishes: Sequence[Vocode]) -> None:
+    def _vocode(self, wishes: Sequence[Vocode]) -> _Vocoding | None:
         """Lets the vocoder make what it has not made yet, for all rows in one pass."""
-        works: dict[int, VocoderWork] = {}
-        for wish in wishes:
-            row = self._find(wish.ref)
-            if row is None or row.error is not None:
-                continue
-            if row.ended is None and wish.to_step > max(0, row.done - self._vocoder.lookahead_steps):
-                raise ValueError(f"{wish.ref} has done {row.done} steps: too few to vocode up to {wish.to_step}")
-            if (work := row.work(wish.to_step, self._vocoder.lookahead_steps)) is not None:
-                works[wish.ref.row] = work
-        if not works:
-            return
-        waveforms = self._vocoder.run(list(works.values()))
-        samples = waveforms.int16.cpu().numpy().astype("<i2", copy=False).tobytes()
-        start = 0
-        for (number, work), length in zip(works.items(), waveforms.lengths, strict=True):
-            end = start + BYTES_PER_SAMPLE * length
-            self._rows[number].made(work, samples[start:end])
-            start = end
-        # Not before all rows have their samples: memory may run out here, too.
-        for row in map(self._rows.__getitem__, works):
-            row.decoded.drop_hidden(row.fed)
+        needs = [each for wish in wishes if (each := self._need(wish)) is not None]
+        if not needs:
+            return None
+        pieces = [each.pieces for each in needs]
+        nothing = torch.zeros(0, self._decoder.hidden_size, device=self._device)
+        hidden = torch.cat([nothing, *(piece for row in pieces for piece in row)])
+        parts = hidden.split([sum(map(len, row)) for row in pieces])
+        work = [VocoderWork(each.row.vocoder, part, each.last) for each, part in zip(needs, parts, strict=True)]
+        self._vocoding.follow(self._decoding)
+        with self._vocoding.entered():
+            waveforms = self._vocoder.run(work)
+            samples = Fetched(waveforms.int16)
+        # Not before all is launched: memory may run out.
+        for each in needs:
+            each.row.was_fed(each.to_step)
+        return _Vocoding([each.row for each in needs], waveforms.lengths, samples, hidden)
 
-    def _report(self, wishes: Sequence[Vocode]) -> Report:
-        reports = []
-        given = {wish.ref.row: wish.to_step for wish in wishes if wish.ref.row in self._rows}
-        for row in {**self._news, **{number: self._rows[number] for number in given}}.values():
-            to_step = given.get(row.ref.row, 0)
-            reports.append(row.report(row.give(to_step, self._vocoder.samples_per_step)))
-            if row.over:
-                self._forget(row)
-        self._news.clear()
+    def _need(self, wish: Vocode) -> _Need | None:
+        row = self._find(wish.ref)
+        if row is None or row.error is not None:
+            return None
+        if row.ended is None and wish.to_step > max(0, row.done - self._vocoder.lookahead_steps):
+            raise ValueError(f"{wish.ref} has done {row.done} steps: too few to vocode up to {wish.to_step}")
+        return row.need(wish.to_step, self._vocoder.lookahead_steps)
+
+    # -- what came of it ----------------------------------------------------------------------------------------------
+
+    def _take_in(self, tick: _Tick) -> None:
+        """Waits until the device has done it."""
+        for decoded in self._decoder.settle(tick.launched) if tick.launched is not None else ():
+            row = self._owners.pop(decoded) if decoded.over else self._owners[decoded]
+            self._settle(row)
+        if tick.vocoding is not None:
+            samples = tick.vocoding.samples.numpy().astype("<i2", copy=False).tobytes()
+            start = 0
+            for row, length in zip(tick.vocoding.rows, tick.vocoding.lengths, strict=True):
+                end = start + BYTES_PER_SAMPLE * length
+                row.ready += samples[start:end]
+                start = end
+        for wish in tick.wishes:
+            if (row_wished := self._rows.get(wish.ref.row)) is not None:
+                self._tell(row_wished, row_wished.give(wish.to_step, self._vocoder.samples_per_step))
+
+    def _tell(self, row: _Row, pcm: Pcm | None = None) -> None:
+        self._reports.append(row.report(pcm))
+        self._news.pop(row.ref.row, None)
+        if row.over:
+            self._forget(row)
+
+    def _report(self) -> Report:
+        for row in list(self._news.values()):
+            self._tell(row)
+        reports, self._reports = self._reports, []
         return Report(tuple(reports))
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -338,8 +415,11 @@ class ChatTTSEngine:
             self._refined.remove(row)
 
     def _forget_all(self) -> None:
+        with suppress(RuntimeError):  # a device that has failed need not be waited for
+            self._decoding.wait()
+            self._vocoding.wait()
         self._decoder.clear()
-        for rows in (self._rows, self._owners, self._refined, self._news):
+        for rows in (self._rows, self._owners, self._refined, self._news, self._ticks, self._reports):
             rows.clear()
 
     def _make_caps(self, slots: int, costs: Costs) -> Caps:
@@ -371,6 +451,20 @@ def _speakers(settings: ChatTTSSettings, weights: Weights) -> Mapping[str, Tenso
     if DEFAULT_VOICE not in voices:
         raise StartupError(f"{path} has no voice {DEFAULT_VOICE}, which callers get who name none")
     return speaker_vectors(voices, weights.speaker_std, weights.speaker_mean)
+
+
+def _decoder(settings: ChatTTSSettings, weights: Weights, slots: int, length: int, refine_end: int) -> Decoder:
+    """On a GPU by kernels of our own and recorded, where settings allow it."""
+    fast = weights.device.type == "cuda" and not settings.deterministic
+    return Decoder(
+        weights,
+        slots,
+        length,
+        refine_end,
+        deterministic=settings.deterministic,
+        kernels=fast and settings.kernels and find_spec("triton") is not None,
+        recorder=CudaRecorder(weights.device) if fast and settings.graphs else None,
+    )
 
 
 def _vocoder(settings: ChatTTSSettings, weights: Weights) -> Vocoder:

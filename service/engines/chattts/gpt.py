@@ -2,7 +2,8 @@
 
 Llama's layers as in `transformers/models/llama/modeling_llama.py`, which upstream builds on: RMS norm, rotary
 positions, SwiGLU. Projections that read the same input are one product. There are two ways through it: `prefill` takes
-the prompts of rows that join, `decode` one token of each row that runs.
+the prompts of rows that join, `decode` one token of each row that runs. Nothing in either waits for the device or
+depends on its values, so both can be captured; see `graphs.py`.
 
 In shapes, B are rows, T tokens, H the hidden size, A heads, D a head's size, S slots, L a slot's length.
 """
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 
 from service.engines.chattts.linear import Linear, pack
 from service.engines.chattts.load import Dimensions, Weights
+from service.engines.chattts.operations import Operations, Rotary, TorchOperations
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +42,23 @@ class Gpt:
         weights: the model's.
         slots: rows that the cache holds.
         length: tokens that a slot holds, the prompt's included.
+        kernels: use the kernels for a GPU.
     """
 
-    def __init__(self, weights: Weights, slots: int, length: int) -> None:
+    def __init__(self, weights: Weights, slots: int, length: int, *, kernels: bool = False) -> None:
         d = weights.dimensions
         self.slots = slots
         self.length = length
-        self._heads, self._head_dim, self._eps = d.heads, d.head_dim, d.norm_eps
+        self._heads, self._head_dim = d.heads, d.head_dim
         self._layers = [_layer(weights, number) for number in range(d.layers)]
         self._norm = weights.gpt["norm.weight"]
-        self._cos, self._sin = _rotary_tables(d, length, weights)
-        shape = (d.layers, slots, d.heads, length, d.head_dim)
-        self._keys = _zeros(shape, weights.dtype, weights.device)
-        self._values = _zeros(shape, weights.dtype, weights.device)
-        self._places = torch.arange(slots, device=weights.device)
-        self._columns = torch.arange(length, device=weights.device)
-        self._head_numbers = torch.arange(d.heads, device=weights.device)
+        self._rotary = _rotary(d, length, weights)
+        self.operations = _operations(self._rotary, d, slots, kernels=kernels)
+        shape = (d.layers, 2, slots, d.heads, length, d.head_dim)
+        self._cache = _zeros(shape, weights.dtype, weights.device)
+        """Keys and values."""
 
-    def prefill(self, inputs: Tensor, lengths: Tensor, first: int) -> Tensor:
+    def prefill(self, inputs: Tensor, lengths: Tensor, places: Tensor) -> Tensor:
         """Runs prompts into the cache.
 
         Prompts are padded at their end. What padding leaves in the cache lies behind the row's tokens, where it is
@@ -66,28 +67,28 @@ class Gpt:
         Args:
             inputs: [B, T, H], embeddings.
             lengths: [B], each prompt's tokens.
-            first: the place of the first row; the others take those behind it.
+            places: [B], the rows' places.
 
         Returns:
             [B, H], fp32: the state that predicts the first token.
         """
-        rows, tokens, _ = inputs.shape
-        cos, sin = self._cos[:tokens], self._sin[:tokens]
-        x = inputs
-        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
-            q, k, v = self._project(layer, x)
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-            keys[first : first + rows, :, :tokens] = k
-            values[first : first + rows, :, :tokens] = v
-            x = self._finish(layer, x, scaled_dot_product_attention(q, k, v, is_causal=True))
-        last = x[self._places[:rows], lengths - 1]
-        return _rms_norm(last, self._norm, self._eps).float()
+        rows, tokens, hidden = inputs.shape
+        op, rotary = self.operations, self._rotary.at(slice(tokens)).shaped(tokens, 1, 1, self._head_dim)
+        x = inputs.flatten(0, 1)
+        normed = op.norm(x, self._layers[0].attention_norm)
+        for layer, cache, next_norm in zip(self._layers, self._cache, self._next_norms(), strict=True):
+            qkv = layer.qkv(normed).view(rows, tokens, 3, self._heads, self._head_dim)
+            q, k = rotary.turned(qkv[:, :, :2]).permute(2, 0, 3, 1, 4)
+            v = qkv[:, :, 2].transpose(1, 2)
+            cache[:, :, :, :tokens].index_copy_(1, places, torch.stack((k, v)))
+            attended = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
+            x, normed = op.add_norm(x, layer.out(attended), layer.mlp_norm)
+            x, normed = op.add_norm(x, layer.down(op.gate(layer.gate_up(normed))), next_norm)
+        each_row = torch.arange(rows, device=inputs.device)
+        return normed.view(rows, tokens, hidden)[each_row, lengths - 1].float()
 
     def decode(self, inputs: Tensor, positions: Tensor, span: int) -> Tensor:
         """Runs one token of each row at the places 0 to B.
-
-        Nothing in here waits for the device or depends on its values, so it can be captured for each pair of B and
-        `span`.
 
         Args:
             inputs: [B, H], embeddings.
@@ -97,38 +98,21 @@ class Gpt:
         Returns:
             [B, H], fp32.
         """
-        rows = inputs.shape[0]
-        cos, sin = self._cos[positions][:, None, None], self._sin[positions][:, None, None]
-        unseen = self._columns[:span] > positions[:, None]
-        mask = torch.zeros_like(unseen, dtype=inputs.dtype).masked_fill_(unseen, -math.inf)[:, None, None]
-        index = (self._places[:rows, None], self._head_numbers[None, :], positions[:, None])
-        x = inputs[:, None]
-        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
-            q, k, v = self._project(layer, x)
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-            keys.index_put_(index, k[:, :, 0])
-            values.index_put_(index, v[:, :, 0])
-            live = keys[:rows, :, :span], values[:rows, :, :span]
-            x = self._finish(layer, x, scaled_dot_product_attention(q, *live, attn_mask=mask))
-        return _rms_norm(x[:, 0], self._norm, self._eps).float()
+        op = self.operations
+        attend = op.attention(positions, span)
+        x, normed = inputs, op.norm(inputs, self._layers[0].attention_norm)
+        for layer, cache, next_norm in zip(self._layers, self._cache, self._next_norms(), strict=True):
+            x, normed = op.add_norm(x, layer.out(attend(layer.qkv(normed), cache)), layer.mlp_norm)
+            x, normed = op.add_norm(x, layer.down(op.gate(layer.gate_up(normed))), next_norm)
+        return normed.float()
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copies what is cached of a row to another place."""
-        for cache in (self._keys, self._values):
-            cache[:, target, :, :tokens] = cache[:, source, :, :tokens]
+        self._cache[:, :, target, :, :tokens] = self._cache[:, :, source, :, :tokens]
 
-    def _project(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [B, A, T, D]."""
-        rows, tokens, _ = x.shape
-        qkv = layer.qkv(_rms_norm(x, layer.attention_norm, self._eps))
-        q, k, v = qkv.view(rows, tokens, 3, self._heads, self._head_dim).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def _finish(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention: [B, T, H]."""
-        x = x + layer.out(attended.transpose(1, 2).flatten(2))
-        gate, up = layer.gate_up(_rms_norm(x, layer.mlp_norm, self._eps)).chunk(2, dim=-1)
-        return x + layer.down(silu(gate) * up)
+    def _next_norms(self) -> list[Tensor]:
+        """What follows each layer: the next one's first norm, or the last."""
+        return [*(layer.attention_norm for layer in self._layers[1:]), self._norm]
 
 
 def slot_bytes(dimensions: Dimensions, length: int, dtype: torch.dtype) -> int:
@@ -153,23 +137,21 @@ def _layer(weights: Weights, number: int) -> _Layer:
     )
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * scaled.to(x.dtype)
+def _operations(rotary: Rotary, dimensions: Dimensions, slots: int, *, kernels: bool) -> Operations:
+    plain = TorchOperations(rotary, dimensions.heads, dimensions.norm_eps, slots)
+    if not kernels:
+        return plain
+    from service.engines.chattts.gpu_operations import KernelOperations  # Triton is there only where a GPU is
+
+    return KernelOperations(rotary, plain, dimensions.norm_eps)
 
 
-def _rotary_tables(dimensions: Dimensions, length: int, weights: Weights) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of each position, [length, D]; the sines of the first half negated, see `_rotate`."""
+def _rotary(dimensions: Dimensions, length: int, weights: Weights) -> Rotary:
+    """Of all positions that a slot has."""
     exponents = torch.arange(0, dimensions.head_dim, 2, dtype=torch.float32) / dimensions.head_dim
     angles = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / dimensions.rope_theta**exponents)
     cos, sin = torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-angles.sin(), angles.sin()], dim=-1)
-    return cos.to(weights.device, weights.dtype), sin.to(weights.device, weights.dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (i, i + D/2) by its position's angle."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return Rotary(cos.to(weights.device, weights.dtype), sin.to(weights.device, weights.dtype))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

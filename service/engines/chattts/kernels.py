@@ -1,8 +1,9 @@
 """A decode step's small kernels for a GPU, in Triton: norm, rotation into the cache, attention, gate.
 
-Each is checked against the plain code in `gpt.py`. They read and write bf16, fp16 or fp32 and compute in fp32. Nothing
-in them waits for the device, and a grid depends on shapes alone: so they can be captured in a CUDA graph, once each has
-run with the same shapes outside of a capture, which compiles it. They launch on the current device's current stream.
+Each is checked against the plain code in `operations.py`. They read and write bf16, fp16 or fp32 and compute in fp32.
+Nothing in them waits for the device, and a grid depends on shapes alone: so they can be captured in a CUDA graph, once
+each has run with the same shapes outside of a capture, which compiles it. They launch on the current device's current
+stream.
 
 This module imports Triton, which a CPU needs only for tests: import it where a GPU is used.
 
@@ -215,15 +216,14 @@ def gate(gate_up: Tensor) -> Tensor:
 
 
 def _check_rows(*tensors: Tensor) -> None:
-    if any(tensor.stride(-1) != 1 for tensor in tensors):
+    if any(tensor.shape[-1] > 1 and tensor.stride(-1) != 1 for tensor in tensors):
         raise ValueError("the last dimension must be contiguous")
 
 
 @triton.jit
 def _normed(x, weight, eps, size):
-    """Of a row in fp32, padded with zeros. Rounded in between, as `gpt.py` does it."""
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
-    return (x * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+    """Of a row in fp32, padded with zeros."""
+    return x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight.to(tl.float32)
 
 
 @triton.jit

@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from service.engines.chattts.lanes import upload
+
 FRAMES_PER_STEP = 2
 
 _Integers = NDArray[np.int64]
@@ -87,12 +89,12 @@ def pack(reaches: Sequence[Reach], rows: Sequence[Progress], lookahead_steps: in
     starts, counts = frames.runs()
     layers, parts = len(reaches), (3 * len(rows), 4 * len(rows))
     sizes = np.stack([part.sum(axis=1) for part in np.split(counts, parts, axis=1)], axis=1).ravel().tolist()
-    upload = _upload(np.concatenate((starts.ravel(), counts.ravel(), frames.edges())), device)
-    indices = _expand(upload[: starts.size], upload[starts.size : 2 * starts.size], sum(sizes)).split(sizes)
+    numbers = upload(np.concatenate((starts.ravel(), counts.ravel(), frames.edges())), device)
+    indices = _expand(numbers[: starts.size], numbers[starts.size : 2 * starts.size], sum(sizes)).split(sizes)
     return Packing(
         layers=[LayerPacking(reaches[layer], *indices[3 * layer : 3 * layer + 3]) for layer in range(layers)],
         outputs=frames.outputs[-1].tolist(),
-        edges=upload[2 * starts.size :],
+        edges=numbers[2 * starts.size :],
     )
 
 
@@ -140,12 +142,6 @@ class _Frames:
         edges[(stops - counts)[some & (self._starts[-1] == 0)]] += 1
         edges[stops[some & self._ended] - 1] += 2
         return edges
-
-
-def _upload(values: _Integers, device: torch.device) -> Tensor:
-    """To the device, which is not waited for."""
-    host = torch.from_numpy(values)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _expand(starts: Tensor, counts: Tensor, total: int) -> Tensor:
