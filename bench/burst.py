@@ -4,8 +4,8 @@ How each is made to obey: Chorus's rows may draw no end before their last step, 
 hooks that forbid the token which ends a row until its step has come, and then leave nothing else to draw.
 
 Chorus is its scheduler and its engine, without processes and sockets, in the loop of its runner. Upstream is `infer` on
-batches of one voice, in the order of the burst: it can't mix voices. All times are CPU time of one process, in seconds:
-with one thread, what it would take on a machine with nothing else to do.
+batches of one voice, in the order of the burst: it can't mix voices. On a CPU all times are CPU time of one process, in
+seconds: with one thread, what it would take on a machine with nothing else to do.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Spoken:
     """Of each speech, since the burst came."""
 
 
-def burst(scale: float) -> list[Item]:
+def burst(scale: float, count: int = COUNT) -> list[Item]:
     """The trace, with lengths (and texts) times `scale`."""
     chance = random.Random(17)
     items = []
-    for number in range(COUNT):
+    for number in range(count):
         drawn = chance.lognormvariate(math.log(MEDIAN_SECONDS), SIGMA)
         seconds = scale * min(max(drawn, SHORTEST_SECONDS), LONGEST_SECONDS)
         text = "好" * math.ceil(seconds * CHARACTERS_PER_SECOND)
@@ -142,10 +142,12 @@ class Upstream:
 
     Args:
         chat: a loaded `ChatTTS.Chat`.
+        clock: seconds.
     """
 
-    def __init__(self, chat: Any) -> None:
+    def __init__(self, chat: Any, clock: Callable[[], float] = time.process_time) -> None:
         self._chat = chat
+        self._clock = clock
         speakers = torch.randn(len(VOICES), chat.speaker.dim, generator=torch.Generator().manual_seed(8)).half()
         self._speakers = {voice: chat.speaker._encode(vector) for voice, vector in zip(VOICES, speakers, strict=True)}
         self._passes = 0
@@ -158,13 +160,14 @@ class Upstream:
         """
         parameters = import_chattts().Chat.InferCodeParams(spk_emb=self._speakers[items[0].voice], show_tqdm=False)
         plain = {"skip_refine_text": True, "do_text_normalization": False, "do_homophone_replacement": False}
-        began = time.process_time()
-        with self._ending_at(torch.tensor([item.steps for item in items])):
+        began = self._clock()
+        steps = torch.tensor([item.steps for item in items], device=self._chat.device)
+        with self._ending_at(steps):
             texts = [item.text for item in items]
             self._chat.infer(texts, split_text=False, params_infer_code=parameters, **plain)
         if self._passes != max(item.steps for item in items) + 1:
             raise RuntimeError(f"upstream took {self._passes} passes")
-        seconds = time.process_time() - began
+        seconds = self._clock() - began
         return Spoken(seconds, [seconds] * len(items))
 
     @contextmanager

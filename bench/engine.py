@@ -124,8 +124,8 @@ def measure(folder: Path, size: Size) -> Figures:
         "limit_ms_per_step": {name: round(1e3 * _limit(each), 2) for name, each in weights.items()},
         "vocoder_ms_per_audio_s": round(vocoder_ms, 2),
         "rtf_single": round((best["1"] * STEPS_PER_SECOND + vocoder_ms) / 1e3, 3),
-        "tie_rate": _tie_rate(upstream, weights["fp32"], ours["fp32"], size.compared),
-        "match_rate_fast_mode": {name: _match_rate(each, size.compared) for name, each in ours.items()},
+        "tie_rate": tie_rate(upstream, weights["fp32"], ours["fp32"], size.compared),
+        "match_rate_fast_mode": {name: match_rate(each, size.compared) for name, each in ours.items()},
         **_accuracy(weights["fp32"], ours, size.compared),
         **_burst(folder, upstream, size),
         "rpc_load_slowdown": round(_slowdown(ours["fp32"], size.steps), 3),
@@ -228,11 +228,12 @@ def _upstream_ids(rows: int) -> torch.Tensor:
 
 def _generate(upstream: Any, ids: torch.Tensor, steps: int, temperature: float, penalty: float = 1.05) -> Any:
     warpers, processors = import_chattts().model.gen_logits(625, 0.7, 20, penalty)
-    mask = torch.ones(ids.shape[:2], dtype=torch.bool)
+    ids = ids.to(upstream.device)
+    mask = torch.ones(ids.shape[:2], dtype=torch.bool, device=upstream.device)
     (result,) = upstream.gpt.generate(
         upstream.embed(ids, mask),
         ids,
-        temperature=torch.full((4,), temperature),
+        temperature=torch.full((4,), temperature, device=upstream.device),
         eos_token=625,
         attention_mask=mask,
         max_new_token=steps,
@@ -244,14 +245,14 @@ def _generate(upstream: Any, ids: torch.Tensor, steps: int, temperature: float, 
     return result
 
 
-def _tie_rate(upstream: Any, weights: Weights, decoder: Decoder, steps: int) -> float:
+def tie_rate(upstream: Any, weights: Weights, decoder: Decoder, steps: int) -> float:
     """See the module.
 
     Raises:
         ArithmeticError: a token differs although the reference clearly preferred its own.
     """
     result = _generate(upstream, _upstream_ids(1), steps, temperature=1e-5, penalty=1.0)
-    tokens, hidden = result.ids[0].numpy(), result.hiddens[0]
+    tokens, hidden = result.ids[0].cpu().numpy(), result.hiddens[0]
     (row,) = rows = _rows(1, steps, temperature=1e-5, penalty=1.0)
     ties = 0
     for step in range(steps):
@@ -267,7 +268,7 @@ def _tie_rate(upstream: Any, weights: Weights, decoder: Decoder, steps: int) -> 
     return ties / int(tokens.size)
 
 
-def _match_rate(decoder: Decoder, steps: int, count: int = 8) -> float:
+def match_rate(decoder: Decoder, steps: int, count: int = 8) -> float:
     """See the module."""
     together = _rows(count, steps)
     _run(decoder, together)

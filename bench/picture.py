@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench.report import quantile
-from bench.virtual import Caller, Replay
+from bench.virtual import Caller, ModelledCard, Replay
 
 CHORUS, ARTICLE = "tab:blue", "tab:orange"
 BAR_SECONDS = 1.0
@@ -20,7 +20,7 @@ WINDOW_SECONDS = 1.0
 
 
 def draw_night(
-    path: Path, replay: Replay, article: Sequence[Caller], rate: Callable[[float], float], seconds: float
+    path: Path, replay: Replay[ModelledCard], article: Sequence[Caller], rate: Callable[[float], float], seconds: float
 ) -> None:
     """Four panels over time: offered load, latency (P50, P99), goodput, slots used."""
     figure, (load, latency, goodput, slots) = plt.subplots(4, 1, figsize=(9, 11), sharex=True)

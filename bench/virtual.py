@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Generic, Protocol, Self, TypeVar
 
 from batcher.engine import Caps, EndReason, Join, Pcm, Plan, Prediction, Report, RowRef, RowReport, Segment, Vocode
 from batcher.errors import BatcherError
@@ -199,17 +200,34 @@ class ModelledCard:
             del self._rows[number]
 
 
+class Card(Protocol):
+    """An engine and its clock."""
+
+    speeches: Sequence[Speech]
+    """A segment's seed is its speech's place here."""
+    caps: Caps
+    now: float
+    """To set it is to wait until then."""
+
+    def run(self, plan: Plan) -> Report:
+        """Does the plan."""
+        ...
+
+
+CardT = TypeVar("CardT", bound=Card)
+
+
 @dataclass(eq=False)
-class Replay:
+class Replay(Generic[CardT]):
     """Callers in the order of a trace before a scheduler and its card."""
 
-    card: ModelledCard
+    card: CardT
     policy: Policy
     callers: list[Caller] = field(default_factory=list)
     slots: list[tuple[float, int]] = field(default_factory=list)
     """Moments, and the rows that held a slot."""
 
-    def run(self) -> Replay:
+    def run(self) -> Self:
         """Until nobody is left."""
         self.scheduler = Scheduler(self.card.caps, self.policy)
         self._next = 0
