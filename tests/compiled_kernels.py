@@ -61,6 +61,5 @@ def compile_draw() -> None:
 if __name__ == "__main__":
     run, JITFunction.run = JITFunction.run, compile_only
     driver.set_active(Driver())
-    for each in (torch.bfloat16, torch.float16, torch.float32):
-        compile_step(each)
+    compile_step(torch.bfloat16)
     compile_draw()

@@ -192,7 +192,7 @@ def test_attention_at_the_borders_of_blocks_and_parts(dtype: torch.dtype, splits
     assert close(ours, attended(q, keys, values, positions))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     positions=st.lists(st.integers(0, 3 * BLOCK - 1), min_size=1, max_size=3),
     heads=st.integers(1, 3),
@@ -205,9 +205,9 @@ def test_attention_of_any_shape(positions: list[int], heads: int, size: int, spl
 
 
 def test_attention_of_the_real_models_shape() -> None:
-    given = cached([2047, 300], 12, 64, 4096, torch.bfloat16)
+    given = cached([1500, 300], 12, 64, 4096, torch.bfloat16)
     assert kernels.splits_of(2, 12) == 32
-    assert close(kernels.attend(*given, splits=8), attended(*given))
+    assert close(kernels.attend(*given, splits=4), attended(*given))
 
 
 def test_scores_far_apart_are_weighed() -> None:
@@ -321,7 +321,7 @@ def reference(
 
 
 @pytest.mark.usefixtures("_quick_sort")
-@pytest.mark.parametrize(("rows", "codebooks", "tokens"), [(64, 4, 626), (400, 4, 61), (30, 1, 3), (30, 2, 4)])
+@pytest.mark.parametrize(("rows", "codebooks", "tokens"), [(40, 4, 626), (80, 4, 61), (20, 1, 3), (20, 2, 4)])
 def test_draws_are_the_plain_codes(rows: int, codebooks: int, tokens: int) -> None:
     logits, recent, step, given = given_rows(rows, codebooks, tokens)
     recent.clamp_(max=tokens - 1)
@@ -333,10 +333,19 @@ def test_draws_are_the_plain_codes(rows: int, codebooks: int, tokens: int) -> No
     assert sure.float().mean() > 0.95
 
 
+@pytest.mark.usefixtures("_quick_sort")
 def test_what_is_kept_is_what_the_plain_code_keeps() -> None:
-    scores = noise(120, 61) * 3
-    tail = torch.tensor([0.0, 0.1, 0.3, 0.99], device=DEVICE).repeat(30)
-    top_k = torch.tensor([1, 3, 20, 61, 1000], device=DEVICE).repeat(24)
+    _check_kept(noise(200, 626) * 3)
+
+
+def test_what_is_kept_is_found_by_tritons_own_sort() -> None:
+    _check_kept(noise(20, 29) * 3)
+
+
+def _check_kept(scores: Tensor) -> None:
+    rows = len(scores)
+    tail = torch.tensor([0.0, 0.1, 0.3, 0.99], device=DEVICE).repeat(rows // 4)
+    top_k = torch.tensor([1, 3, 20, scores.shape[1], 1000], device=DEVICE).repeat(rows // 5)
     theirs = sample._keep_top(scores[:, None], tail, top_k)[:, 0]
     assert torch.equal(keep_top(scores, tail, top_k), theirs)
 
@@ -349,6 +358,7 @@ TIES = {
 }
 
 
+@pytest.mark.usefixtures("_quick_sort")
 @pytest.mark.parametrize("name", TIES)
 @pytest.mark.parametrize("top_k", [1, 3, 20, 50])
 def test_of_ties_as_many_are_kept_and_top_k_keeps_all(name: str, top_k: int) -> None:
@@ -362,8 +372,9 @@ def test_of_ties_as_many_are_kept_and_top_k_keeps_all(name: str, top_k: int) -> 
     assert ((ours > -math.inf).sum(-1) >= possible.clamp(max=3)).all()
 
 
+@pytest.mark.usefixtures("_quick_sort")
 def test_three_tokens_can_be_drawn_at_least_and_the_end_not_too_early() -> None:
-    rows, tokens = 120, 32
+    rows, tokens = 40, 32
     logits = torch.arange(tokens, device=DEVICE).expand(rows, 1, tokens).float() / 10
     recent = torch.full((rows, 1, WINDOW), NO_TOKEN, device=DEVICE)
     given = on_device(sampling(rows, temperature=1.0, top_p=0.01, top_k=1, min_steps=5, seed=list(range(rows))))
@@ -390,15 +401,16 @@ def test_the_penalty_counts_how_often(times: int) -> None:
 
 
 @GARBAGE
+@pytest.mark.usefixtures("_quick_sort")
 def test_logits_that_are_not_numbers_give_some_token_and_harm_no_other_row() -> None:
-    logits, recent, step, given = given_rows(4, 2, 37)
-    clean = draw_kernel.draw(logits, recent, step, given, 36)
+    logits, recent, step, given = given_rows(4, 2, 13)
+    clean = draw_kernel.draw(logits, recent, step, given, 12)
     for garbage in (math.nan, math.inf, -math.inf):
         logits[1], logits[2, 1, 5] = garbage, garbage
-        drawn = draw_kernel.draw(logits, recent, step, given, 36)
+        drawn = draw_kernel.draw(logits, recent, step, given, 12)
         assert torch.equal(drawn[::3], clean[::3])
         assert drawn.min() >= 0
-        assert drawn.max() < 37
+        assert drawn.max() < 13
 
 
 def test_what_draw_refuses() -> None:

@@ -30,10 +30,10 @@ from service.engines.chattts.sample import LEAST_KEPT, WINDOW, Sampling
 MOST_TOKENS = 4096
 """What one program can sort."""
 
-# As in `sample.py`, whose integers are int64 too: 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB.
-_GAMMA = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
-_FACTOR_1 = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
-_FACTOR_2 = tl.constexpr(0x94D049BB133111EB - (1 << 64))
+# As in `sample.py`.
+_GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
+_FACTOR_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+_FACTOR_2 = tl.constexpr(0x94D049BB133111EB)
 _DROPPED_BITS = tl.constexpr(64 - 52)
 _RANDOM_SCALE = tl.constexpr(2.0**-52)
 _LEAST = tl.constexpr(-(1 << 63))
@@ -87,43 +87,29 @@ def draw(logits: Tensor, recent: Tensor, step: Tensor, sampling: Sampling, end: 
 
 
 @triton.jit
-def _shift(value, bits: tl.constexpr):
-    """A shift to the right that moves in zeros."""
-    return (value.to(tl.uint64, bitcast=True) >> bits).to(tl.int64, bitcast=True)
-
-
-@triton.jit
 def _mix(value):
-    """SplitMix64's finaliser."""
-    value = (value ^ _shift(value, 30)) * _FACTOR_1
-    value = (value ^ _shift(value, 27)) * _FACTOR_2
-    return value ^ _shift(value, 31)
-
-
-@triton.jit
-def _absorb(state, word):
-    return _mix((state + _GAMMA) ^ word)
+    """SplitMix64's finaliser, on uint64."""
+    value = (value ^ (value >> 30)) * _FACTOR_1
+    value = (value ^ (value >> 27)) * _FACTOR_2
+    return value ^ (value >> 31)
 
 
 @triton.jit
 def _random_bits(seed, segment, attempt, step, codebook, token):
-    state = _absorb(tl.zeros_like(seed), seed)
-    state = _absorb(state, segment)
-    state = _absorb(state, attempt)
-    state = _absorb(state, step)
-    state = _absorb(state, codebook)
-    return _shift(_mix(state + (token + 1) * _GAMMA), _DROPPED_BITS)
+    """All are int64. See `random_bits` and `absorb` in `sample.py`: there the state is 0 at first."""
+    state = _mix(seed.to(tl.uint64, bitcast=True) ^ _GAMMA)
+    state = _mix((state + _GAMMA) ^ segment.to(tl.uint64, bitcast=True))
+    state = _mix((state + _GAMMA) ^ attempt.to(tl.uint64, bitcast=True))
+    state = _mix((state + _GAMMA) ^ step.to(tl.uint64, bitcast=True))
+    state = _mix((state + _GAMMA) ^ codebook.to(tl.uint64, bitcast=True))
+    counter = (token + 1).to(tl.uint64, bitcast=True) * _GAMMA
+    return (_mix(state + counter) >> _DROPPED_BITS).to(tl.int64, bitcast=True)
 
 
 @triton.jit
 def _gumbel(bits):
     uniform = (bits.to(tl.float64) + 0.5) * _RANDOM_SCALE
     return (-tl.log(-tl.log(uniform))).to(tl.float32)
-
-
-@triton.jit
-def _times(factor, count, bit: tl.constexpr, power):
-    return tl.where((count & bit) != 0, factor * power, factor)
 
 
 @triton.jit
@@ -134,14 +120,10 @@ def _penalised(score, recent, token, penalty, window: tl.constexpr):
         count += (token == tl.load(recent + place)).to(count.dtype)
     power = penalty.to(tl.float64)
     factor = tl.where((count & 1) != 0, power, 1.0)
-    power = power * power
-    factor = _times(factor, count, 2, power)
-    power = power * power
-    factor = _times(factor, count, 4, power)
-    power = power * power
-    factor = _times(factor, count, 8, power)
-    power = power * power
-    factor = _times(factor, count, 16, power).to(tl.float32)
+    for bit in tl.static_range(1, 5):
+        power = power * power
+        factor = tl.where((count & (1 << bit)) != 0, factor * power, factor)
+    factor = factor.to(tl.float32)
     return tl.where(score < 0, score * factor, tl.div_rn(score, factor))
 
 
