@@ -21,7 +21,7 @@ platforms+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
 
 mkdir -p "$folder"
 for name in "${names[@]}"; do
-    pinned=$(grep -i "^$name==" constraints.txt) || { echo "constraints.txt pins no $name"; exit 1; }
+    pinned=$(grep -iE "^${name//-/[-_]}==" constraints.txt) || { echo "constraints.txt pins no $name"; exit 1; }
     "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$version" --implementation cp \
         "${platforms[@]}" --dest "$folder" "$pinned" 2>/dev/null ||
         "$python" -m pip wheel --quiet --no-deps --wheel-dir "$folder" "$pinned"
