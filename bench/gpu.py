@@ -7,7 +7,8 @@ puts them together. Times are wall time; a card of one's own is quiet.
 
 - machine: the card, and the rate at which it copies its memory.
 - correct: greedy tokens in fp32 beside unmodified upstream's, which may differ only at a gap of at most 1e-4
-  (`tie_rate`); replayed passes beside called ones, bit for bit; the vocoder beside itself on the CPU (`vocoder_error`,
+  (`tie_rate`); replayed passes beside called ones, bit for bit; what in a plan waits for the device although it should
+  not (`waits_between_plans`: nothing); the vocoder beside itself on the CPU (`vocoder_error`,
   relative); bf16 tokens alone and in a batch (`match_rate_fast_mode`).
 - steps: milliseconds a step at 250 tokens of cache, by rows: as it is served, without kernels, and without either; the
   limit is the time to read the weights and the live cache at the card's rate.
@@ -142,6 +143,7 @@ def correct(setting: Setting) -> Figures:
     plain = _spoken(setting.decoder(weights, 8, kernels=False, graphs=False), 5, size.compared)
     figures["match_rate_without_kernels"] = _match(ours, plain)
     figures["match_rate_fast_mode"] = match_rate(setting.decoder(setting.weights(setting.dtype), 8), size.compared)
+    figures["waits_between_plans"] = _waits(setting)
     upstream = load_upstream(setting.checkpoint, setting.device)
     figures["tie_rate"] = tie_rate(upstream, weights, decoder, size.compared)
     return figures
@@ -172,7 +174,7 @@ def burst_stage(setting: Setting) -> Figures:
     items = burst(setting.size.scale, setting.size.speeches)
     speeches = [Speech(0.0, item.steps, item.steps, stream=True) for item in items]
     card = WallCard(setting, speeches)
-    figures: Figures = {"started_in_s": card.started_in, "slots": card.caps.slots, "rounds": []}
+    figures: Figures = {"start_seconds": card.start_seconds, "slots": card.caps.slots, "rounds": []}
     for _ in range(3):
         callers = card.replay(Policy(max_delay=math.inf, max_waiting=len(speeches)))
         seconds = max(caller.ended or math.inf for caller in callers)
@@ -266,7 +268,6 @@ class WallCard(ChatTTSEngine):
 
     def __init__(self, setting: Setting, speeches: Sequence[Speech]) -> None:
         self.speeches: Sequence[Speech] = speeches
-        began = time.perf_counter()
         slots = max(setting.size.rows)
         super().__init__(
             ChatTTSSettings(
@@ -278,7 +279,6 @@ class WallCard(ChatTTSEngine):
                 max_steps=LENGTH,
             )
         )
-        self.started_in = round(time.perf_counter() - began, 2)
         self.caps = replace(self.caps, predict=self._foretell)
         self._began = 0.0
 
@@ -379,6 +379,22 @@ def _match(rows: Sequence[Row], others: Sequence[Row]) -> float:
         same = (row.tokens == other.tokens).all(axis=1)
         matching += len(same) if same.all() else int(same.argmin())
     return round(matching / sum(row.done for row in rows), 4)
+
+
+def _waits(setting: Setting) -> str | None:
+    """What waits for the device while streams come and go; torch tells of it, where there is a GPU."""
+    card = WallCard(setting, [Speech(0.01 * n, 40 + n, 40, stream=True) for n in range(6)])
+    card.replay(Policy())
+    try:
+        if setting.device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        card.replay(Policy())
+    except RuntimeError as error:
+        return str(error)[:200]
+    finally:
+        if setting.device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return None
 
 
 def _vocoder_error(setting: Setting, weights: Weights) -> float:

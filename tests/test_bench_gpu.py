@@ -23,6 +23,7 @@ def test_a_dry_run_leaves_every_stage_s_figures(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert {name for name in STAGES if report[name] == "not measured"} == {"upstream_compiled"}, "it is for a GPU alone"
     assert report["correct"]["replayed_as_called"]
+    assert report["correct"]["waits_between_plans"] is None
     assert report["correct"]["tie_rate"] <= 0.1
     assert report["correct"]["vocoder_error"] < 1e-4
     assert len(report["burst"]["rounds"]) == 3

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 from common.errors import StartupError
+from common.logs import logger
 from common.settings import Settings
 from service.engines.base import SpeechEngine
 
@@ -24,9 +27,13 @@ def load_engine(settings: Settings) -> SpeechEngine:
 
             return ToneEngine(settings.tone)
         case "chattts":
+            began = time.monotonic()
             try:
                 from service.engines.chattts.engine import ChatTTSEngine
             except ModuleNotFoundError as error:
                 raise StartupError(f"{error}; install it: pip install -c constraints.txt '.[chattts]'") from None
 
-            return ChatTTSEngine(settings.chattts)
+            imported = time.monotonic() - began
+            engine = ChatTTSEngine(settings.chattts)
+            logger().info("loaded", engine=engine.name, import_s=round(imported, 3), **engine.start_seconds)
+            return engine

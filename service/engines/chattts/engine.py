@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import time
 import traceback
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,6 +133,19 @@ class _Row:
         return RowReport(self.ref, self.done, ended, pcm, self.error)
 
 
+class _Stopwatch:
+    """Seconds of one thing after the other."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """What was done since the last one has this name."""
+        now = time.monotonic()
+        self.laps[name], self._began = round(now - self._began, 3), now
+
+
 @dataclass(frozen=True, slots=True)
 class _Need:
     """A row's steps that the vocoder needs next."""
@@ -189,8 +203,10 @@ class ChatTTSEngine:
     def __init__(self, settings: ChatTTSSettings) -> None:
         # The event loop keeps a core. With more threads a row's bits depend on its place in the batch.
         torch.set_num_threads(1 if settings.deterministic else settings.threads or max(1, (os.cpu_count() or 1) - 1))
+        watch = _Stopwatch()
         folder = find_checkpoint(settings)
         weights = load_weights(folder, settings.device, settings.dtype, check_sums=settings.check_sums)
+        watch.lap("load_s")
         length = PROMPT_TOKENS + max(settings.max_steps, REFINING.max_steps)
         if length > weights.dimensions.max_positions:
             most = weights.dimensions.max_positions - PROMPT_TOKENS
@@ -202,13 +218,16 @@ class ChatTTSEngine:
         self._ticks: deque[_Tick] = deque()
         """Those whose results were not taken in, the oldest first."""
         self._max_steps = settings.max_steps
-        self._speakers = _speakers(settings, weights)
-        self.voices = tuple(sorted(self._speakers))
+        speakers = _speakers(settings, weights)
+        self.voices = tuple(sorted(speakers))
+        # There already, so that nobody waits for the device when a row joins.
+        self._speakers = {name: vector.to(weights.device, weights.dtype) for name, vector in speakers.items()}
         self._prompter = Prompter(weights.tokenizer)
         slots = choose_slots(settings.slots, length, weights)
         self._decoder = _decoder(settings, weights, slots, length, self._prompter.refine_end)
         self._vocoder = _vocoder(settings, weights)
-        self.model_revision = _revision(weights, self._vocoder, self._speakers)
+        watch.lap("record_s")
+        self.model_revision = _revision(weights, self._vocoder, speakers)
         self._rows: dict[int, _Row] = {}
         self._owners: dict[Row, _Row] = {}
         self._refined: list[_Row] = []
@@ -217,6 +236,9 @@ class ChatTTSEngine:
         """Those of which there is something to report."""
         self._reports: list[RowReport] = []
         self.caps = self._make_caps(slots, measure(self._decoder, self._vocoder))
+        watch.lap("measure_s")
+        self.start_seconds = watch.laps
+        """What the start took: reading the weights, packing them and recording passes, measuring what they cost."""
 
     @property
     def held_slots(self) -> int:

@@ -1,16 +1,20 @@
 """Products with a layer's weights, each in the form that its device reads fastest.
 
-A step of few rows takes as long as the weights take to be read. On a CPU, oneDNN packs fp32 weights once instead of at
-each call; and as 8-bit integers they are a quarter of the bytes, which FBGEMM multiplies without making floats of them.
+A step of few rows takes as long as the weights take to be read. On a CPU, oneDNN packs weights once instead of at each
+call, in bf16 too where the processor multiplies that itself; and as 8-bit integers they are a quarter of the bytes of
+fp32, which FBGEMM multiplies without making floats of them.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
 import torch
+import torch.cpu
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
 Linear = Callable[[Tensor], Tensor]
@@ -35,9 +39,16 @@ def pack(weight: Tensor, *, int8: bool = False) -> Linear:
     """
     if int8:
         return _Int8(weight)
-    if weight.device.type == "cpu" and weight.dtype is torch.float32 and torch.backends.mkldnn.is_available():
+    quick = weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and has_bf16())
+    if quick and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return _Packed(weight)
     return _Plain(weight)
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies bf16 itself."""
+    features = torch.cpu.get_capabilities()
+    return any(features.get(feature) for feature in ("amx_bf16", "avx512_bf16"))
 
 
 def has_int8() -> bool:
@@ -56,7 +67,7 @@ class _Plain:
 
 
 class _Packed:
-    """fp32, laid out for oneDNN: by the operators that torch's compiler puts into frozen models."""
+    """fp32 or bf16, laid out for oneDNN: by the operators that torch's compiler puts into frozen models."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
@@ -88,7 +99,7 @@ class _Int8:
                 torch.backends.quantized.engine = before
 
     def __call__(self, x: Tensor) -> Tensor:
-        peak = x.abs().amax(dim=-1, keepdim=True).clamp_min_(_PEAK)
+        peak = vector_norm(x, ord=math.inf, dim=-1, keepdim=True).clamp_min_(_PEAK)
         product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x / peak, 1 / INPUT_LEVELS, _ZERO_POINT, self._weight
         )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-import torch.cpu
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
@@ -16,7 +15,7 @@ from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 from common.errors import StartupError
 from service.engines.chattts.check import FETCH, check_checkpoint
 from service.engines.chattts.checkpoint import DECODER, EMBED, GPT, SPECIAL_TOKENS, TOKENIZER, VOCOS, Dimensions
-from service.engines.chattts.linear import has_int8
+from service.engines.chattts.linear import has_bf16, has_int8
 from service.engines.chattts.package import speaker_statistics
 
 __all__ = ["Dimensions", "Weights", "load_weights"]
@@ -137,12 +136,7 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         raise StartupError("chattts.dtype is int8, which is for x86 CPUs with AVX2; set it to auto")
     if dtype != "auto":
         return DTYPES[dtype]
-    return torch.bfloat16 if device.type == "cuda" or _has_native_bf16() else torch.float32
-
-
-def _has_native_bf16() -> bool:
-    features = torch.cpu.get_capabilities()
-    return any(features.get(feature) for feature in ("amx_bf16", "avx512_bf16"))
+    return torch.bfloat16 if device.type == "cuda" or has_bf16() else torch.float32
 
 
 def _load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
