@@ -189,7 +189,7 @@ def test_attention_at_the_borders_of_blocks_and_parts(dtype: torch.dtype, splits
     assert close(ours, attended(q, keys, values, positions))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     positions=st.lists(st.integers(0, 3 * BLOCK - 1), min_size=1, max_size=3),
     heads=st.integers(1, 3),
@@ -208,10 +208,10 @@ def test_attention_of_the_real_models_shape() -> None:
 
 
 def test_scores_far_apart_are_weighed() -> None:
-    q, *cache = cached([3 * BLOCK - 1] * 2, 2, 16, 3 * BLOCK)
+    q, *others = cached([3 * BLOCK - 1] * 2, 2, 16, 3 * BLOCK)
+    given = (q * 300, others[0], others[1], others[2])
     for splits in (1, 3):
-        ours = kernels.attend(q * 300, *cache, splits)
-        assert torch.allclose(ours.double(), attended(q * 300, *cache), rtol=1e-3, atol=1e-3)
+        assert torch.allclose(kernels.attend(*given, splits).double(), attended(*given), rtol=1e-3, atol=1e-3)
 
 
 @GARBAGE
@@ -317,7 +317,7 @@ def reference(
 
 
 @pytest.mark.usefixtures("_quick_sort")
-@pytest.mark.parametrize(("rows", "codebooks", "tokens"), [(30, 4, 626), (60, 4, 61), (20, 1, 3), (20, 2, 4)])
+@pytest.mark.parametrize(("rows", "codebooks", "tokens"), [(25, 4, 626), (40, 4, 61), (20, 1, 3), (20, 2, 4)])
 def test_draws_are_the_plain_codes(rows: int, codebooks: int, tokens: int) -> None:
     logits, recent, step, given = given_rows(rows, codebooks, tokens)
     recent.clamp_(max=tokens - 1)
@@ -331,7 +331,7 @@ def test_draws_are_the_plain_codes(rows: int, codebooks: int, tokens: int) -> No
 
 @pytest.mark.usefixtures("_quick_sort")
 def test_what_is_kept_is_what_the_plain_code_keeps() -> None:
-    _check_kept(noise(200, 626) * 3)
+    _check_kept(noise(100, 626) * 3)
 
 
 def test_what_is_kept_is_found_by_tritons_own_sort() -> None:
