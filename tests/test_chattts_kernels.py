@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import silu
@@ -194,8 +194,9 @@ def test_attention_at_the_borders_of_blocks_and_parts(dtype: torch.dtype, splits
     positions=st.lists(st.integers(0, 3 * BLOCK - 1), min_size=1, max_size=3),
     heads=st.integers(1, 3),
     size=st.sampled_from([2, 8, 10, 16, 64]),
-    splits=st.one_of(st.none(), st.integers(1, 6)),
+    splits=st.integers(1, 6),
 )
+@example(positions=[2 * BLOCK], heads=1, size=8, splits=None)
 def test_attention_of_any_shape(positions: list[int], heads: int, size: int, splits: int | None) -> None:
     given = cached(positions, heads, size, 3 * BLOCK)
     assert close(kernels.attend(*given, splits), attended(*given))
