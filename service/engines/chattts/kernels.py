@@ -21,6 +21,8 @@ from torch import Tensor
 
 _BLOCK = 64
 """Cached tokens that a program of `attend` reads at a time."""
+_STAGES = 3
+"""Of its loop: while it computes on a block, all but one of so many are on their way to shared memory."""
 _PROGRAMS = 1536
 """Up to so many programs, attention is split: about twelve for each of an H100's multiprocessors."""
 _MOST_SPLITS = 32
@@ -168,6 +170,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, splits: i
         lanes=lanes,
         block=_BLOCK,
         splits=splits,
+        stages=_STAGES,
     )
     if splits > 1:
         _combine_kernel[(rows, heads)](
@@ -336,6 +339,7 @@ def _attend_kernel(
     lanes: tl.constexpr,
     block: tl.constexpr,
     splits: tl.constexpr,
+    stages: tl.constexpr,
 ):
     """A part of a row and head. `part` is the result itself where there is one alone."""
     row = tl.program_id(0).to(tl.int64)
@@ -355,7 +359,8 @@ def _attend_kernel(
         peak = tl.full([block], _NOTHING, tl.float32)
         total = tl.zeros([block], tl.float32)
         weighted = tl.zeros([block, lanes], tl.float32)
-        for begin in range(start, end, block):
+        # The stages make Triton fetch blocks ahead; a compiler left alone waits for keys before it asks for values.
+        for begin in tl.range(start, end, block, num_stages=stages):
             token = begin + column
             live = token < end
             if size < lanes:
