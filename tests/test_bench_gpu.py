@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import STAGES
+from bench.gpu_report import STAGES as REPORTED
 from bench.processes import ROOT
 
 
@@ -21,6 +22,7 @@ def test_a_dry_run_leaves_every_stage_s_figures(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout
     report = json.loads((tmp_path / "gpu.json").read_text())
+    assert tuple(STAGES) == REPORTED
     assert {name for name in STAGES if report[name] == "not measured"} == {"upstream_compiled"}, "it is for a GPU alone"
     assert report["correct"]["replayed_as_called"]
     assert report["correct"]["waits_between_plans"] is None
@@ -33,10 +35,11 @@ def test_a_dry_run_leaves_every_stage_s_figures(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_fails_costs_only_itself(tmp_path: Path) -> None:
-    stage = ["upstream", "--folder", str(tmp_path), "--device", "cpu", "--checkpoint", str(tmp_path / "none")]
+    stage = ["burst", "--folder", str(tmp_path), "--device", "cpu", "--checkpoint", str(tmp_path / "none")]
     assert subprocess.run(
         [sys.executable, "-m", "bench.gpu", *stage], cwd=ROOT, capture_output=True, check=False
     ).returncode
-    command = [sys.executable, "-m", "bench.gpu", "report", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "bench.gpu_report", str(tmp_path)]
     report = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert report.pop("burst")["error"].startswith("StartupError")
     assert set(report.values()) == {"not measured"}

@@ -46,7 +46,9 @@ SPANS = (256, 512, 1024, 2048)
 """Cached tokens that recorded passes read, and all; where attention does not read what is live by itself."""
 PROMPT_ROWS = (1, 4, 16)
 PROMPT_TOKENS = (32, 64, 128)
-"""Sizes of recorded prefills. A longer prompt is not replayed."""
+"""Sizes of recorded prefills."""
+LONG = 128
+"""A longer prompt is not replayed, and padded to a multiple of this: attention may plan anew for each length."""
 TEXT_ROWS = 8
 """Text rows that a recorded pass has room for. With more, passes are not replayed."""
 LOOSE_STEPS = 96
@@ -404,9 +406,12 @@ class Decoder:
     def _prefill_size(self, group: Sequence[Row]) -> tuple[int, int]:
         """Rows and tokens, padding included."""
         longest = max(row.prompt_tokens for row in group)
-        if not self._graphs.on or longest > max(self._prompts, default=0):
+        if not self._graphs.on:
             return len(group), longest
-        return _at_least(PROMPT_ROWS, len(group)), _at_least(self._prompts, longest)
+        rows = _at_least(PROMPT_ROWS, len(group))
+        if longest > max(self._prompts, default=0):
+            return rows, -(-longest // LONG) * LONG
+        return rows, _at_least(self._prompts, longest)
 
     def _prefill_pass(self, joining: _Joining, text: Tensor | None) -> Outputs:
         lengths, places, speakers = joining.numbers[:, :3].unbind(1)

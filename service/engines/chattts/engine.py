@@ -32,7 +32,7 @@ from batcher.engine import (
 )
 from common.errors import StartupError
 from common.settings import ChatTTSSettings
-from service.engines.chattts.costs import Costs, measure
+from service.engines.chattts.costs import Costs, measure, most_vocoded
 from service.engines.chattts.decode import ATTEMPTS, Decoder, Drawing, Kind, Launched, Row
 from service.engines.chattts.graphs import CudaRecorder
 from service.engines.chattts.hub import find_checkpoint
@@ -273,7 +273,8 @@ class ChatTTSEngine:
             if not is_out_of_memory(error):
                 self._forget_all()
                 raise
-            self._leave(join.ref for group in plan.joins for join in group)
+            with self._decoding.entered():
+                self._leave(join.ref for group in plan.joins for join in group)
             # What the failed calls have made hangs on their frames, which the error keeps.
             traceback.clear_frames(error.__traceback__)
             if self._device.type == "cuda":
@@ -290,8 +291,9 @@ class ChatTTSEngine:
             groups = [[self._admit(join) for join in group] for group in plan.joins]
             tick = _Tick()
             self._ticks.append(tick)  # what is launched will be taken in, also if the rest of the plan fails
-            tick.launched = self._decode([*groups, self._refined], plan.steps)
+            # The vocoder first: its states are there, and it would wait for the steps otherwise.
             tick.vocoding = self._vocode(plan.vocode)
+            tick.launched = self._decode([*groups, self._refined], plan.steps)
             tick.wishes = plan.vocode
             idle = not (plan.joins or plan.steps or plan.vocode)
             while len(self._ticks) > (0 if idle else self._behind):
@@ -450,8 +452,7 @@ class ChatTTSEngine:
             samples_per_step=self._vocoder.samples_per_step,
             slots=slots,
             max_rows=slots,
-            # In blocks of 24 steps, as many need their turn at each step as are a 24th of all; a few more catch up.
-            max_vocode=max(1, slots // 8),
+            max_vocode=most_vocoded(slots),
             max_steps=self._max_steps,
             lookahead_steps=self._vocoder.lookahead_steps,
             predict=self._predict,

@@ -36,7 +36,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device, priority=-1)  # what is replayed is as urgent as this
 
     def __call__(self, call: Call) -> Call:
         """By hand: `torch.cuda.graph` would collect garbage and empty the cache each time."""
