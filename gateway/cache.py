@@ -20,7 +20,7 @@ from common.logs import logger
 from common.objects import Objects
 from common.settings import CacheSettings
 from common.store import Store, StoreUnavailable
-from gateway.lru import Lru
+from common.lru import Lru
 from gateway.masters import Master
 from protos.chorus.v1 import tts_pb2
 
