@@ -1,0 +1,404 @@
+"""Dialogues put together from shared segments, inside a service: order, offsets, who makes what. The engine is real."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batcher.engine import Controls, Sampling, Segment
+from batcher.policy import Policy
+from batcher.runner import Runner
+from common.calls import Call
+from common.errors import ChorusError
+from common.keys import segment_key
+from common.settings import Settings
+from protos.chorus.v1 import tts_pb2
+from service.dialogue import Account, in_parts
+from service.engines.tone import ToneEngine
+from service.engines.tone_code import verify
+from service.flights import Deadline
+from service.segments import Listener, Origin, Segments
+from service.speaking import Terms, in_one_request, speak
+from service.speech import parse_config, revision
+from service.text import TextSegment
+from tests.calls import until
+from tests.hearing import LANGUAGE, identities
+
+# What is void has no sound.
+TEXTS = ("Yes.", "No, not at all.", "void", "This is one that goes on for longer.", "Well.", "And another one.")
+PATIENCE = 30.0
+
+
+class Written:
+    """A text that is written some segments at a time, and only when it is let."""
+
+    def __init__(self, texts: Sequence[str], at_once: int = 1) -> None:
+        self.done = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._parts: list[TextSegment] = []
+        for number, text in enumerate(texts):
+            self._parts.append(TextSegment(10 * number, 10 * number + 10, text, LANGUAGE))
+        self._at_once = at_once
+
+    async def more(self) -> list[TextSegment]:
+        if not self._parts:
+            self.done = True
+            return []
+        more, self._parts = self._parts[: self._at_once], self._parts[self._at_once :]
+        await self.gate.wait()
+        return more
+
+
+@dataclass
+class Heard:
+    """What came of a dialogue."""
+
+    texts: Sequence[str]
+    seed: int
+    account: Account = field(default_factory=Account)
+    audio: bytearray = field(default_factory=bytearray)
+    marks: list[tts_pb2.SegmentMark] = field(default_factory=list)
+    starts: int = 0
+    sequence: int = 0
+    end: tts_pb2.StreamEnd | None = None
+
+    def take(self, message: Any) -> None:
+        """Checks as it comes: nothing is missing, doubled, or out of order."""
+        assert self.end is None
+        match message:
+            case tts_pb2.StreamStart():
+                assert not self.starts
+                self.starts = 1
+            case tts_pb2.AudioChunk():
+                assert (message.start_sample * 2, message.sequence) == (len(self.audio), self.sequence)
+                self.audio += message.data
+                self.sequence += 1
+            case tts_pb2.SegmentMark():
+                before = self.marks[-1] if self.marks else tts_pb2.SegmentMark()
+                assert (message.start_byte, message.start_sample) == (before.end_byte, before.end_sample)
+                assert message.end_sample * 2 <= len(self.audio)
+                self.marks.append(message)
+            case tts_pb2.StreamEnd():
+                self.end = message
+
+    def check(self) -> None:
+        """All that came is this dialogue's own; where it has ended, it is whole."""
+        if self.end is not None:
+            assert [mark.spoken_text for mark in self.marks] == list(self.texts)
+            assert self.end.sample_count * 2 == len(self.audio) == self.marks[-1].end_sample * 2
+        if self.audio:
+            said = [
+                one for text, one in zip(self.texts, identities(self.texts, self.seed), strict=True) if text != "void"
+            ]
+            verify(bytes(self.audio), said, whole=self.end is not None)
+
+
+class Place:
+    """A service without a wire."""
+
+    def __init__(self, runner: Runner, engine: ToneEngine, settings: Settings) -> None:
+        self.runner = runner
+        self.engine = engine
+        self.segments = Segments(settings, runner, revision(engine))
+
+    @property
+    def rows(self) -> int:
+        """Requests that the batcher was given: with one row each, the rows that were made."""
+        return self.runner.stats().counters.submitted
+
+    def speak(self, script: Written, heard: Heard, scope: str | None = "", priority: Any = "interactive") -> Any:
+        """A dialogue's messages. `scope`: None: it shares with nobody."""
+        sampling = tts_pb2.Sampling(seed=heard.seed)
+        manner = parse_config(tts_pb2.StreamConfig(language=LANGUAGE, sampling=sampling), self.engine)
+        call = Call("", "")
+        call.priority = priority
+        begin: Any = partial(in_parts, self.segments, Listener(call, scope or "", math.inf), heard.account)
+        if scope is None:
+            begin = partial(in_one_request, self.runner, call, Terms(2, stream=True), Deadline(math.inf, math.inf))
+        return speak(begin, self.engine, manner, script, call)
+
+    async def hear(self, texts: Sequence[str], *, seed: int = 5, leaves_after: int = 10**9, **options: Any) -> Heard:
+        """Hears a dialogue, or as many of its messages."""
+        heard, messages = Heard(texts, seed), 0
+        async with aclosing(self.speak(Written(texts), heard, **options)) as spoken:
+            async for message in spoken:
+                heard.take(message)
+                messages += 1
+                if messages >= leaves_after:
+                    break
+        heard.check()
+        return heard
+
+
+@asynccontextmanager
+async def place(*, tone: dict[str, Any] | None = None, policy: Policy | None = None, **sections: Any) -> Any:
+    given: dict[str, Any] = {"engine": "tone", "tone": {"steps_per_character": 1.5} | (tone or {})}
+    settings = Settings(**given | sections)
+    engine = ToneEngine(settings.tone)
+    runner = Runner(engine, policy or Policy())
+    runner.start()
+    try:
+        async with asyncio.timeout(PATIENCE):
+            yield Place(runner, engine, settings)
+    finally:
+        await runner.stop()
+
+
+# --- keys
+
+
+SEGMENT = Segment("Yes.", "female1", LANGUAGE, 1, 7, Controls(1.0, 2), Sampling(0.3), refine_text=False)
+
+
+def test_equal_segments_have_equal_keys() -> None:
+    assert segment_key(SEGMENT, "r", "acme") == segment_key(replace(SEGMENT), "r", "acme")
+    assert len(bytes.fromhex(segment_key(SEGMENT, "r"))) == 32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text": "Yes!"},
+        {"voice": "male1"},
+        {"language": "en-GB"},
+        {"index": 2},
+        {"seed": 8},
+        {"controls": Controls(1.1, 2)},
+        {"controls": Controls(1.0, 3)},
+        {"controls": Controls(1.0, 2, laugh=0)},
+        {"controls": Controls(1.0, 2, pause=0)},
+        {"controls": Controls(1.0)},
+        {"sampling": Sampling(0.4)},
+        {"sampling": Sampling(0.3, top_p=0.7)},
+        {"sampling": Sampling(0.3, top_k=0)},
+        {"sampling": Sampling(0.3, repetition_penalty=1.0)},
+        {"refine_text": True},
+    ],
+)
+def test_each_part_of_a_segment_changes_its_key(change: dict[str, Any]) -> None:
+    assert segment_key(replace(SEGMENT, **change), "r") != segment_key(SEGMENT, "r")
+
+
+def test_revisions_and_scopes_have_keys_of_their_own() -> None:
+    keys = {segment_key(SEGMENT, revision, scope) for revision in ("r", "s", "") for scope in ("", "r", "acme")}
+    assert len(keys) == 9
+
+
+# --- what comes of it
+
+
+SPEECH = ("Yes.", "No, not at all.", "Well.", "And another one.")
+
+
+async def test_a_dialogue_in_parts_is_the_dialogue_in_one() -> None:
+    async with place() as here:
+        alone = await here.hear(SPEECH, scope=None)
+        parts = await here.hear(SPEECH)
+        again = await here.hear(SPEECH)
+        assert alone.audio == parts.audio == again.audio
+        assert alone.marks == parts.marks == again.marks
+        assert (alone.sequence, alone.end.finish_reason) == (parts.sequence, parts.end.finish_reason)
+        assert here.rows == 1 + len(SPEECH)
+        seconds = len(alone.audio) / 2 / here.engine.caps.sample_rate_hertz
+        assert parts.account.first is Origin.MADE
+        assert parts.account.made_seconds == pytest.approx(seconds)
+        assert (again.account.first, again.account.made_seconds, again.account.shared) == (Origin.KEPT, 0.0, 4)
+
+
+async def test_what_differs_is_made_and_the_rest_is_found() -> None:
+    async with place() as here:
+        await here.hear(SPEECH)
+        before = here.rows
+        other = await here.hear(("Yes.", "And another one.", "Well."))
+        assert here.rows == before + 1  # the second; the third has its old place
+        assert other.account.shared == 2
+        await here.hear(SPEECH, seed=6)
+        await here.hear(SPEECH, scope="acme")
+        assert here.rows == before + 1 + 2 * len(SPEECH)
+        await here.hear(SPEECH, scope="acme")
+        await here.hear(SPEECH, scope=None)
+        assert here.rows == before + 2 + 2 * len(SPEECH)
+
+
+async def test_what_met_a_cap_is_told_so_and_not_kept() -> None:
+    async with place(tone={"faults": "long:Well", "max_steps": 40}) as here:
+        for number in range(2):
+            heard = Heard(SPEECH[:3], 5)
+            async for message in here.speak(Written(SPEECH[:3]), heard):
+                heard.take(message)
+            assert heard.end is not None
+            assert heard.end.finish_reason == tts_pb2.FINISH_REASON_LENGTH
+            assert here.rows == 3 + number
+
+
+async def test_what_was_purged_is_made_again_also_what_was_on_its_way() -> None:
+    async with place() as here:
+        await here.hear(SPEECH)
+        here.segments.forget()
+        script, heard = Written(SPEECH), Heard(SPEECH, 5)
+        async with aclosing(here.speak(script, heard)) as messages:
+            heard.take(await anext(messages))
+            here.segments.forget()
+            async for message in messages:
+                heard.take(message)
+        heard.check()
+        rows = here.rows
+        assert rows == 2 * len(SPEECH)
+        await here.hear(SPEECH)
+        assert rows < here.rows
+
+
+async def test_only_so_much_is_kept() -> None:
+    async with place(cache={"segment_bytes": 40_000}) as here:
+        for seed in range(10):
+            await here.hear(SPEECH, seed=seed)
+            assert here.segments._kept.bytes <= 40_000
+        assert (await here.hear(SPEECH[:1], seed=9)).account.first is Origin.MADE
+    async with place(cache={"enabled": False}) as here:
+        await here.hear(SPEECH)
+        await here.hear(SPEECH)
+        assert here.rows == 2 * len(SPEECH)
+
+
+async def test_the_last_of_its_listeners_ends_it_at_the_next_tick() -> None:
+    slow = {"step_base_ms": 2, "steps_per_character": 20}
+    async with place(tone=slow) as here:
+        script = Written(SPEECH)
+        dialogues = [here.speak(script, Heard(SPEECH, 5)), here.speak(Written(SPEECH), Heard(SPEECH, 5))]
+        for messages in dialogues:
+            await anext(messages)
+        await until(lambda: here.runner.stats().requests == 2)  # the current and the next
+        await dialogues[0].aclose()
+        await asyncio.sleep(0.02)
+        assert here.runner.stats().requests == 2
+        await dialogues[1].aclose()
+        await until(lambda: here.runner.stats().requests == 0)
+        stats = here.runner.stats()
+        assert (stats.rows, stats.counters.cancel_ticks_max) == (0, stats.counters.cancel_ticks_max)
+        assert stats.counters.cancel_ticks_max <= 1
+
+
+async def test_nobody_waits_with_batch_work_and_batch_work_joins_what_runs() -> None:
+    texts = ("A rather long one, which takes its time.",)
+    async with place(tone={"step_base_ms": 2, "steps_per_character": 10}) as here:
+        origins = []
+        async with AsyncExitStack() as stack:
+            for priority in ("batch", "interactive", "batch"):
+                heard = Heard(texts, 5)
+                messages = await stack.enter_async_context(aclosing(here.speak(Written(texts), heard, "", priority)))
+                heard.take(await anext(messages))
+                origins.append(heard.account.first)
+        assert origins == [Origin.MADE, Origin.MADE, Origin.JOINED]
+
+
+async def test_a_slow_listener_holds_up_nobody_and_hears_all() -> None:
+    async with place(tone={"steps_per_character": 8}) as here:
+        slow = Heard(SPEECH, 5)
+        async with aclosing(here.speak(Written(SPEECH), slow)) as messages:
+            slow.take(await anext(messages))
+            fast = await here.hear(SPEECH)
+            assert fast.end is not None
+            async for message in messages:
+                slow.take(message)
+        slow.check()
+        assert slow.audio == fast.audio
+        assert here.rows == len(SPEECH)
+
+
+async def test_a_failure_reaches_all_once_and_is_not_kept() -> None:
+    async with place(tone={"faults": "row@9:another", "step_base_ms": 1}, policy=Policy(max_attempts=1)) as here:
+
+        async def fail() -> str:
+            with pytest.raises(ChorusError) as caught:
+                await here.hear(SPEECH)
+            return caught.value.reason
+
+        assert await asyncio.gather(*(fail() for _ in range(5))) == ["SEGMENT_FAILED"] * 5
+        assert here.rows == len(SPEECH)
+        assert await fail() == "SEGMENT_FAILED"
+        assert here.rows == len(SPEECH) + 1
+
+
+# --- whatever happens
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dialogue of a random night."""
+
+    texts: tuple[str, ...]
+    seed: int
+    scope: str | None
+    comes_after: int
+    """Turns of the event loop."""
+    at_once: int
+    leaves_after: int
+    """Messages."""
+    pauses: int
+    """Turns of the event loop that its reader takes for a message."""
+
+
+PARTS = st.builds(
+    Part,
+    st.lists(st.sampled_from(TEXTS), min_size=1, max_size=6).map(lambda texts: ("Yes.", *texts)),
+    st.sampled_from((5, 5, 5, 6)),
+    st.sampled_from(("", "", "", "acme", None)),
+    st.integers(0, 60),
+    st.integers(1, 4),
+    st.one_of(st.just(10**9), st.integers(1, 12)),
+    st.integers(0, 20),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(parts=st.lists(PARTS, min_size=2, max_size=8), kept=st.sampled_from((1, 60_000, 10**9)))
+def test_a_random_night(parts: list[Part], kept: int) -> None:
+    async def turns(count: int) -> None:
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+    async def dialogue(here: Place, part: Part) -> Heard:
+        heard = Heard(part.texts, part.seed)
+        await turns(part.comes_after)
+        messages = 0
+        async with aclosing(here.speak(Written(part.texts, part.at_once), heard, part.scope)) as spoken:
+            async for message in spoken:
+                heard.take(message)
+                messages += 1
+                if messages == part.leaves_after:
+                    break
+                await turns(part.pauses)
+        heard.check()
+        return heard
+
+    async def night() -> None:
+        async with place(tone={"faults": "empty:void", "slots": 4}, cache={"segment_bytes": kept}) as here:
+            heard = await asyncio.gather(*(dialogue(here, part) for part in parts))
+            await until(lambda: here.runner.stats().requests == 0)
+            assert here.runner.stats().rows == here.runner.stats().parked == 0
+            assert not here.segments._flights
+            for part, one in zip(parts, heard, strict=True):
+                assert one.end is not None or part.leaves_after < 10**9
+            shared = [one for part, one in zip(parts, heard, strict=True) if part.scope is not None]
+            if all(part.leaves_after == 10**9 for part in parts) and kept == 10**9:
+                lengths: dict[Any, int] = {}
+                for part, one in zip(parts, heard, strict=True):
+                    if part.scope is not None:
+                        for number, mark in enumerate(one.marks):
+                            key = (part.seed, part.scope, number, mark.spoken_text)
+                            assert lengths.setdefault(key, mark.end_sample - mark.start_sample) > -1
+                assert here.rows == len(lengths) + len(parts) - len(shared)
+                made = sum(one.account.made_seconds for one in shared)
+                assert made == pytest.approx(sum(lengths.values()) / here.engine.caps.sample_rate_hertz)
+
+    asyncio.run(night())
