@@ -202,7 +202,7 @@ async def test_a_slow_listener_holds_up_nobody(stack: Stack) -> None:
 
 async def test_what_sounds_otherwise_is_not_shared(stack: Stack) -> None:
     service, door = await two(stack)
-    heard = [(await hear(door)).audio]
+    heard = [bytes((await hear(door)).audio)]
     others: list[tuple[dict[str, Any], str]] = [
         ({"voice": "male1"}, TEXT),
         ({"sampling": tts_pb2.Sampling(seed=1)}, TEXT),
