@@ -19,7 +19,7 @@ from batcher.request import Audio, Event, Priority, RequestEnded, RequestFailed,
 from common import metrics
 from common.errors import ChorusError, Unavailable
 from common.tape import Abandoned, Follower, is_anothers
-from service.segments import Flight, Listener, Origin, Segments
+from service.segments import Admitted, Flight, FlightEvent, Listener, Origin, Segments
 
 
 @dataclass(slots=True)
@@ -46,12 +46,13 @@ async def in_parts(
     """
     dialogue = Dialogue(segments, listener, account)
     try:
-        dialogue.extend(rows)
-        if closed:
-            dialogue.close()
-        if dialogue.is_given:
+        dialogue.extend(rows[:1])
+        if not dialogue.asks_for_room:
             call = listener.call
             segments.runner.check_room(rows[:1], call.tenant, Priority(call.priority))
+        dialogue.extend(rows[1:])
+        if closed:
+            dialogue.close()
         yield dialogue
     finally:
         dialogue.leave()
@@ -67,14 +68,19 @@ class _Part:
     seconds: float
     """What it is expected to come to."""
     rate: int
-    follower: Follower[Event] = field(init=False)
-    begun: bool = False
+    follower: Follower[FlightEvent] = field(init=False)
+    heard: bool = False
     """Something of it was taken."""
     taken: int = 0
     """Samples."""
 
     def __post_init__(self) -> None:
         self.follower = Follower(self.flight.tape)
+
+    @property
+    def admitted(self) -> bool:
+        """The batcher takes it, or has taken it."""
+        return bool(self.flight.tape.messages)
 
     @property
     def over(self) -> bool:
@@ -136,9 +142,9 @@ class Dialogue:
         self._room = asyncio.Event()
 
     @property
-    def is_given(self) -> bool:
-        """The batcher was asked for nothing."""
-        return bool(self._parts) and all(part.origin is not Origin.MADE for part in self._parts)
+    def asks_for_room(self) -> bool:
+        """The batcher is asked to let its first part in."""
+        return self._parts[0].origin is Origin.MADE
 
     async def get(self) -> Event:
         """Takes the next event, waiting for it.
@@ -201,6 +207,8 @@ class Dialogue:
                 break
 
     def _may_begin(self) -> bool:
+        if self._parts and not self._parts[0].row.index and not self._parts[0].admitted:
+            return False  # it may be refused, and what goes on from it never is
         open_parts = sum(not part.over for part in self._parts)
         ahead = sum(part.ready for part in self._parts)
         return open_parts < self._settings.stream_rows and ahead < self._settings.outbox_seconds
@@ -219,31 +227,31 @@ class Dialogue:
 
     # -- parts are heard ----------------------------------------------------------------------------------------------
 
-    def _take(self, part: _Part) -> Event | None:
+    def _take(self, part: _Part) -> FlightEvent | None:
         """The next event of the first part, if it is there."""
         try:
-            event = part.follower.take()
+            return part.follower.take()
         except (Abandoned, ChorusError) as error:
-            if part.origin is Origin.JOINED and not part.begun and is_anothers(error):
+            if part.origin is Origin.JOINED and not part.heard and is_anothers(error):
                 part.follower.leave()
                 self._parts[0] = self._begin(part.row, ())
                 return None
             if isinstance(error, ChorusError):
                 raise
             raise Unavailable("this server is stopping; try again", "STOPPING", retry_after=1.0) from None
-        part.begun |= event is not None
-        return event
 
-    def _told(self, part: _Part, event: Event) -> Event | None:
+    def _told(self, part: _Part, event: FlightEvent) -> Event | None:
         """An event of the first part as one of the whole; None: the whole goes on."""
         match event:
-            case Audio():
-                return self._audio(part, event)
+            case Admitted():
+                return None
             case RequestEnded():
                 self._pass(part, event)
-            case _:
-                return SegmentEnded(part.row.index, self._samples, self._samples + part.taken)
-        return None
+                return None
+        part.heard = True
+        if isinstance(event, Audio):
+            return self._audio(part, event)
+        return SegmentEnded(part.row.index, self._samples, self._samples + part.taken)
 
     def _audio(self, part: _Part, event: Audio) -> Audio:
         samples = len(event.data) // SAMPLE_BYTES

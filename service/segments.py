@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeAlias
 
 from audio.frames import SAMPLE_BYTES
 from batcher.engine import EndReason, Segment
@@ -43,6 +44,14 @@ class Origin(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Admitted:
+    """The batcher takes the segment: the first thing that is heard of one that is made."""
+
+
+FlightEvent: TypeAlias = Admitted | Event
+
+
+@dataclass(frozen=True, slots=True)
 class Listener:
     """Somebody for whom segments are spoken."""
 
@@ -65,7 +74,7 @@ class Flight:
     """All that comes before it is there, for one at least: its samples are wanted."""
     speaking: Speaking | None = None
     """While it is in the batcher."""
-    tape: Tape[Event] = field(init=False)
+    tape: Tape[FlightEvent] = field(init=False)
 
     @property
     def samples(self) -> int:
@@ -166,10 +175,10 @@ class Segments:
                     seen = generations
             await asyncio.sleep(GENERATION_SECONDS)
 
-    def _start(self, key: str, name: str, flight: Flight, events: AsyncGenerator[Event, None]) -> None:
+    def _start(self, key: str, name: str, flight: Flight, events: AsyncGenerator[FlightEvent, None]) -> None:
         purges = self._purges
 
-        def done(tape: Tape[Event]) -> None:
+        def done(tape: Tape[FlightEvent]) -> None:
             if self._flights.get(name) is flight:
                 del self._flights[name]
             if tape.complete and _is_whole(tape) and purges == self._purges:
@@ -178,7 +187,7 @@ class Segments:
         flight.tape = Tape(events, size=_size, done=done)
         self._flights[name] = flight
 
-    async def _made(self, segment: Segment, call: Call, flight: Flight) -> AsyncGenerator[Event, None]:
+    async def _made(self, segment: Segment, call: Call, flight: Flight) -> AsyncGenerator[FlightEvent, None]:
         """A segment's events while it is made.
 
         Raises:
@@ -195,6 +204,7 @@ class Segments:
                 heard_from=flight.heard_from,
             ) as speaking:
                 flight.begin(speaking)
+                yield Admitted()
                 while True:
                     event = await speaking.get()
                     if isinstance(event, RequestFailed):
@@ -208,11 +218,11 @@ class Segments:
             flight.speaking = None
 
 
-def _is_whole(tape: Tape[Event]) -> bool:
+def _is_whole(tape: Tape[FlightEvent]) -> bool:
     """Whether it came to its end by itself: what met a cap is shared, and not kept."""
     end = tape.messages[-1]
     return isinstance(end, RequestEnded) and end.reason is EndReason.COMPLETE
 
 
-def _size(event: Event) -> int:
+def _size(event: FlightEvent) -> int:
     return len(event.data) if isinstance(event, Audio) else 0

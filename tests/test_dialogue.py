@@ -116,13 +116,20 @@ class Place:
         """Requests that the batcher was given: with one row each, the rows that were made."""
         return self.runner.stats().counters.submitted
 
-    def speak(self, script: Written, heard: Heard, scope: str | None = "", priority: Any = "interactive") -> Any:
+    def speak(
+        self,
+        script: Written,
+        heard: Heard,
+        scope: str | None = "",
+        priority: Any = "interactive",
+        deadline: float = math.inf,
+    ) -> Any:
         """A dialogue's messages. `scope`: None: it shares with nobody."""
         sampling = tts_pb2.Sampling(seed=heard.seed)
         manner = parse_config(tts_pb2.StreamConfig(language=LANGUAGE, sampling=sampling), self.engine)
         call = Call("", "")
         call.priority = priority
-        begin: Any = partial(in_parts, self.segments, Listener(call, scope or "", math.inf), heard.account)
+        begin: Any = partial(in_parts, self.segments, Listener(call, scope or "", deadline), heard.account)
         if scope is None:
             begin = partial(in_one_request, self.runner, call, Terms(2, stream=True), Deadline(math.inf, math.inf))
         return speak(begin, self.engine, manner, script, call)
@@ -327,6 +334,39 @@ async def test_a_failure_reaches_all_once_and_is_not_kept() -> None:
         assert here.rows == len(SPEECH)
         assert await fail() == "SEGMENT_FAILED"
         assert here.rows == len(SPEECH) + 1
+
+
+async def test_who_is_refused_has_cost_nothing_also_where_its_beginning_is_there() -> None:
+    full = Policy(max_delay=0.1, max_steps_per_tick=1)
+    async with place(tone={"step_base_ms": 5, "slots": 1, "steps_per_character": 2}, policy=full) as here:
+        await here.hear(("Yes.",))
+        first = here.speak(Written(("Something that takes its time, and then some more.",)), Heard((), 6))
+        await anext(first)
+        before = here.runner.stats().counters
+        for texts in (("Yes.", "Well."), ("Well.", "And another one.")):
+            with pytest.raises(ChorusError) as refusal:
+                await anext(here.speak(Written(texts, at_once=2), Heard(texts, 5)))
+            assert refusal.value.reason == "QUEUE_FULL"
+        after = here.runner.stats().counters
+        assert (after.submitted, after.refused["full"]) == (before.submitted, before.refused["full"] + 2)
+        assert len(here.segments._flights) == 1
+        await first.aclose()
+
+
+async def test_the_deadline_of_the_first_is_not_that_of_the_others() -> None:
+    # What nobody foresaw: it would have been in time.
+    slow = {"step_base_ms": 1, "steps_per_character": 10, "faults": "slow@20:1000"}
+    async with place(tone=slow) as here:
+        deadline, patient = here.runner.now() + 0.5, Heard(SPEECH[:1], 5)
+        async with aclosing(here.speak(Written(SPEECH[:1]), Heard(SPEECH[:1], 5), deadline=deadline)) as first:
+            starting = asyncio.ensure_future(anext(first))
+            await until(lambda: here.rows == 1)
+            async for message in here.speak(Written(SPEECH[:1]), patient, deadline=deadline + 20):
+                patient.take(message)
+            await starting
+        patient.check()
+        assert here.runner.now() > deadline
+        assert (here.rows, patient.account.first) == (1, Origin.JOINED)
 
 
 # --- whatever happens
