@@ -214,12 +214,42 @@ async def test_a_dialogue_in_parts_is_the_dialogue_in_one() -> None:
         again = await here.hear(SPEECH)
         assert alone.audio == parts.audio == again.audio
         assert alone.marks == parts.marks == again.marks
-        assert (alone.sequence, alone.end.finish_reason) == (parts.sequence, parts.end.finish_reason)
+        assert alone.end.finish_reason == parts.end.finish_reason == again.end.finish_reason
         assert here.rows == 1 + len(SPEECH)
         seconds = len(alone.audio) / 2 / here.engine.caps.sample_rate_hertz
         assert parts.account.first is Origin.MADE
         assert parts.account.made_seconds == pytest.approx(seconds)
         assert (again.account.first, again.account.made_seconds, again.account.shared) == (Origin.KEPT, 0.0, 4)
+
+
+async def test_who_begins_a_segment_pays_for_it_however_it_leaves() -> None:
+    slow = {"step_base_ms": 2, "steps_per_character": 10}
+    texts = ("A rather long one, which takes its time, as everybody can hear.",)
+    async with place(tone=slow) as here:
+        rate, whole = here.engine.caps.sample_rate_hertz, 640 * 512 / here.engine.caps.sample_rate_hertz
+
+        async def leave_early(seed: int, *, others: bool) -> Heard:
+            heard = Heard(texts, seed)
+            async with AsyncExitStack() as stack:
+                messages = await stack.enter_async_context(aclosing(here.speak(Written(texts), heard)))
+                while not heard.audio:
+                    heard.take(await anext(messages))
+                if others:
+                    other = await stack.enter_async_context(aclosing(here.speak(Written(texts), Heard(texts, seed))))
+                    await anext(other)
+                    await messages.aclose()
+            return heard
+
+        alone = await leave_early(1, others=False)
+        assert alone.account.made_seconds == pytest.approx(len(alone.audio) / 2 / rate)
+        followed = await leave_early(2, others=True)
+        assert followed.account.made_seconds == pytest.approx(whole, rel=0.1)  # as it was foretold
+        # What is there in full and can be found again is paid, also by who has heard its beginning only.
+        short = Heard(("Yes.",), 3)
+        async with aclosing(here.speak(Written(("Yes.",)), short)) as messages:
+            await anext(messages)
+            await until(lambda: here.segments._kept.bytes > 0)
+        assert short.account.made_seconds == pytest.approx(40 * 512 / rate)
 
 
 async def test_what_differs_is_made_and_the_rest_is_found() -> None:
