@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,7 @@ from batcher.engine import Controls, Sampling, Segment
 from batcher.policy import Policy
 from batcher.runner import Runner
 from common.calls import Call
-from common.errors import ChorusError
+from common.errors import ChorusError, DeadlineExceeded
 from common.keys import segment_key
 from common.settings import Settings
 from protos.chorus.v1 import tts_pb2
@@ -349,6 +349,75 @@ async def test_a_slow_listener_holds_up_nobody_and_hears_all() -> None:
                 slow.take(message)
         slow.check()
         assert slow.audio == fast.audio
+        assert here.rows == len(SPEECH)
+
+
+async def test_of_the_next_part_no_samples_are_made_before_its_turn() -> None:
+    texts = ("This is one that goes on for longer.", "And another one.", "Well.")
+    async with place(tone={"steps_per_character": 20}, batcher={"outbox_seconds": 1.0}) as here:
+        messages = here.speak(Written(texts, at_once=3), Heard(texts, 5))
+        for _ in range(2):
+            await anext(messages)  # and reads no further
+        await until(lambda: here.runner.stats().parked == 2)  # both have made their steps
+        current, following = here.segments._flights.values()
+        assert current.samples > 0
+        assert following.samples == 0
+        await messages.aclose()
+
+
+async def test_what_comes_next_is_as_urgent_as_playback_makes_it() -> None:
+    texts = ("This is one that goes on for longer.", "And another one.")
+    async with place(tone={"steps_per_character": 10, "step_base_ms": 10, "slots": 1}) as here:
+        messages = here.speak(Written(texts, at_once=2), Heard(texts, 5))
+        starting = asyncio.ensure_future(anext(messages))
+        await until(lambda: len(here.segments._flights) == 2)
+        (_, following) = here.segments._flights.values()
+        foretold = following.heard_from
+        await starting
+        await anext(messages)
+        policy = here.runner.scheduler.policy
+        moved = foretold - following.heard_from
+        assert 0.5 < moved < policy.reserve + policy.first_audio_patience  # it was heard sooner than a newcomer may be
+        await messages.aclose()
+
+
+async def test_who_joins_and_needs_it_sooner_makes_it_more_urgent() -> None:
+    async with (
+        place(tone={"steps_per_character": 10, "step_base_ms": 10, "slots": 1}) as here,
+        aclosing(here.speak(Written(("One that holds the only slot.",)), Heard((), 5))) as holder,
+    ):
+        await anext(holder)
+        listener, now = Listener(Call("", ""), "", math.inf), here.runner.now()
+        found = [here.segments.find(SEGMENT, listener, now + seconds) for seconds in (9.0, 12.0, 7.0, 5.0)]
+        assert [origin for _, origin in found] == [Origin.MADE, *[Origin.JOINED] * 3]
+        (flight,) = {flight for flight, _ in found}
+        assert flight.heard_from == now + 5.0
+        await until(lambda: flight.speaking is not None)
+        flight.need(now + 3.0)
+        assert flight.speaking is not None
+        assert flight.speaking._request.playback_started == now + 3.0
+        flight.tape.cancel()
+
+
+async def test_what_ended_for_anothers_deadline_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with place() as here:
+        made: Any = here.segments._made
+        begun: list[Any] = []
+
+        async def dying_first(*args: Any) -> AsyncGenerator[Any, None]:
+            begun.append(args)
+            if len(begun) == 1:
+                raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED")
+            async for event in made(*args):
+                yield event
+
+        monkeypatch.setattr(here.segments, "_made", dying_first)
+        # The second comes before the first one's end is known.
+        results = await asyncio.gather(here.hear(SPEECH), here.hear(SPEECH), return_exceptions=True)
+        first, second = results
+        assert isinstance(first, DeadlineExceeded)
+        assert isinstance(second, Heard)
+        assert second.account.first is Origin.MADE
         assert here.rows == len(SPEECH)
 
 

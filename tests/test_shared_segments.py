@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
+from common.errors import Unavailable
 from common.settings import StoreSettings
 from common.store import Store
 from gateway.cache import purge
+from gateway.speech import _settled
 from gateway.tenants import hashed
 from protos.chorus.v1 import tts_pb2
 from tests.calls import Door, failure, logged, until
@@ -279,6 +283,36 @@ async def test_what_is_made_is_charged_and_what_is_found_or_joined_is_not(stack:
     assert gateway.metric("chorus_audio_seconds_saved_total") - saved == pytest.approx(3 * seconds, abs=0.1)
     await hear(door, sampling=tts_pb2.Sampling(seed=7))
     assert (await failure(hear(door))).reason == "RATE_LIMITED"
+
+
+@pytest.mark.parametrize(
+    ("status", "made", "error", "settled"),
+    [
+        (MISS, "0.125", None, 0.125),
+        (HIT, "0.000", None, 0.0),
+        (COALESCED, "0.250", asyncio.CancelledError(), 0.25),
+        # Who hangs up is told nothing, and an older service tells nothing either.
+        (MISS, None, asyncio.CancelledError(), 0.5),
+        (HIT, None, asyncio.CancelledError(), 0.5),
+        (COALESCED, None, None, 0.5),
+        (MISS, "0.500", Unavailable("gone", "GONE"), 0.0),
+    ],
+)
+def test_a_dialogue_is_settled_by_what_its_service_tells(
+    status: tts_pb2.CacheStatus.ValueType, made: str | None, error: BaseException | None, settled: float
+) -> None:
+    admission: Any = SimpleNamespace(told=[])
+    admission.settle = admission.told.append
+    format = tts_pb2.AudioFormat(sample_rate_hertz=24_000)
+    with suppress(asyncio.CancelledError, Unavailable), _settled(admission, in_parts=True) as meter:
+        meter.hear(tts_pb2.StreamStart(cache_status=status, format=format))
+        meter.hear(tts_pb2.AudioChunk(data=bytes(24_000)))
+        meter.hear_trailers(
+            (("x-request-id", "1"), *(() if made is None else (("x-chorus-internal-made-seconds", made),)))
+        )
+        if error is not None:
+            raise error
+    assert admission.told == [settled]
 
 
 async def test_the_log_tells_how_much_was_shared(stack: Stack) -> None:
