@@ -325,6 +325,8 @@ class _Meter:
         self._in_parts = in_parts
         self._shared = False
         self._made: float | None = None
+        self._first_end = 0
+        """The sample after its first part, once that has ended."""
         self._rate = 0
         self._samples = 0
 
@@ -337,7 +339,10 @@ class _Meter:
         """Seconds that this caller pays for."""
         if self._made is not None:
             return self._made
-        return 0.0 if self._shared else self.seconds
+        if not self._shared:
+            return self.seconds
+        # Of what comes in parts it is told of the first only.
+        return (self._samples - self._first_end) / self._rate if self._in_parts and self._first_end else 0.0
 
     def hear(self, message: SpeechMessage) -> None:
         match message:
@@ -345,6 +350,8 @@ class _Meter:
                 self._start(message)
             case tts_pb2.AudioChunk():
                 self._samples = message.start_sample + len(message.data) // SAMPLE_BYTES
+            case tts_pb2.SegmentMark() if not self._first_end:
+                self._first_end = message.end_sample
             case tts_pb2.StreamEnd():
                 self.complete = message.finish_reason == tts_pb2.FINISH_REASON_COMPLETE
 
@@ -364,8 +371,7 @@ class _Meter:
 
     def _start(self, start: tts_pb2.StreamStart) -> None:
         self._rate = start.format.sample_rate_hertz
-        # Of what comes in parts it tells of the first only.
-        self._shared = not self._in_parts and start.cache_status == tts_pb2.CACHE_STATUS_COALESCED
+        self._shared = start.cache_status in (tts_pb2.CACHE_STATUS_COALESCED, tts_pb2.CACHE_STATUS_HIT)
 
 
 @contextmanager

@@ -82,9 +82,8 @@ class Flight:
         return self.tape.bytes // SAMPLE_BYTES
 
     def begin(self, speaking: Speaking) -> None:
-        """It is in the batcher, and may have been joined on its way there."""
+        """It is in the batcher, and its turn may have come on its way there."""
         self.speaking = speaking
-        speaking.allow(self.deadline)
         if self.released:
             speaking.release()
 

@@ -279,20 +279,47 @@ async def test_what_met_a_cap_is_told_so_and_not_kept() -> None:
 
 
 async def test_what_was_purged_is_made_again_also_what_was_on_its_way() -> None:
-    async with place() as here:
-        await here.hear(SPEECH)
-        here.segments.forget()
-        script, heard = Written(SPEECH), Heard(SPEECH, 5)
-        async with aclosing(here.speak(script, heard)) as messages:
+    async with place(tone={"step_base_ms": 1, "steps_per_character": 5}) as here:
+        heard = Heard(SPEECH[3:], 5)
+        async with aclosing(here.speak(Written(heard.texts), heard)) as messages:
             heard.take(await anext(messages))
             here.segments.forget()
             async for message in messages:
                 heard.take(message)
         heard.check()
-        rows = here.rows
-        assert rows == 2 * len(SPEECH)
-        await here.hear(SPEECH)
-        assert rows < here.rows
+        for rows in (1, 2):
+            assert here.rows == rows
+            await here.hear(heard.texts)
+        assert here.rows == 2
+        here.segments.forget()
+        await here.hear(heard.texts)
+        assert here.rows == 3
+
+
+async def test_what_is_about_to_end_is_not_joined_and_ends_nothing_of_its_successors() -> None:
+    async with place(tone={"step_base_ms": 5, "steps_per_character": 100}) as here:
+        listener = Listener(Call("", ""), "", math.inf)
+        first, _ = here.segments.find(SEGMENT, listener, None)
+        await until(lambda: first.speaking is not None)
+        first.tape.cancel()
+        second, origin = here.segments.find(SEGMENT, listener, None)
+        assert (second is first, origin) == (False, Origin.MADE)
+        await first.tape.wait_closed()
+        assert here.segments.find(SEGMENT, listener, None) == (second, Origin.JOINED)
+        second.tape.cancel()
+        await second.tape.wait_closed()
+        assert not here.segments._flights
+
+
+async def test_what_is_there_is_taken_as_it_is_heard() -> None:
+    texts = ("And another one.",) * 30
+    async with place(batcher={"outbox_seconds": 2.0}) as here:
+        await here.hear(texts)
+        heard = Heard(texts, 5)
+        async with aclosing(here.speak(Written(texts, at_once=30), heard)) as messages:
+            await anext(messages)
+            assert heard.account.shared <= 5  # of half a second each
+            assert here.rows == 30
 
 
 async def test_only_so_much_is_kept() -> None:

@@ -286,30 +286,33 @@ async def test_what_is_made_is_charged_and_what_is_found_or_joined_is_not(stack:
 
 
 @pytest.mark.parametrize(
-    ("status", "made", "error", "settled"),
+    ("status", "marked", "made", "error", "settled"),
     [
-        (MISS, "0.125", None, 0.125),
-        (HIT, "0.000", None, 0.0),
-        (COALESCED, "0.250", asyncio.CancelledError(), 0.25),
-        # Who hangs up is told nothing, and an older service tells nothing either.
-        (MISS, None, asyncio.CancelledError(), 0.5),
-        (HIT, None, asyncio.CancelledError(), 0.5),
-        (COALESCED, None, None, 0.5),
-        (MISS, "0.500", Unavailable("gone", "GONE"), 0.0),
+        (MISS, 6_000, "0.125", None, 0.125),
+        (HIT, 6_000, "0.000", None, 0.0),
+        (COALESCED, 6_000, "0.250", asyncio.CancelledError(), 0.25),
+        (MISS, 6_000, "0.500", Unavailable("gone", "GONE"), 0.0),
+        # Who hangs up is told nothing in the end, and only of its first segment before.
+        (MISS, 6_000, None, asyncio.CancelledError(), 0.5),
+        (HIT, 6_000, None, asyncio.CancelledError(), 0.25),
+        (COALESCED, 0, None, asyncio.CancelledError(), 0.0),
+        # A service that shares nothing.
+        (BYPASS, 6_000, None, None, 0.5),
     ],
 )
 def test_a_dialogue_is_settled_by_what_its_service_tells(
-    status: tts_pb2.CacheStatus.ValueType, made: str | None, error: BaseException | None, settled: float
+    status: tts_pb2.CacheStatus.ValueType, marked: int, made: str | None, error: BaseException | None, settled: float
 ) -> None:
     admission: Any = SimpleNamespace(told=[])
     admission.settle = admission.told.append
     format = tts_pb2.AudioFormat(sample_rate_hertz=24_000)
+    trailers = () if made is None else (("x-chorus-internal-made-seconds", made),)
     with suppress(asyncio.CancelledError, Unavailable), _settled(admission, in_parts=True) as meter:
         meter.hear(tts_pb2.StreamStart(cache_status=status, format=format))
         meter.hear(tts_pb2.AudioChunk(data=bytes(24_000)))
-        meter.hear_trailers(
-            (("x-request-id", "1"), *(() if made is None else (("x-chorus-internal-made-seconds", made),)))
-        )
+        for end in (marked, 12_000) if marked else ():
+            meter.hear(tts_pb2.SegmentMark(end_sample=end))
+        meter.hear_trailers((("x-request-id", "1"), *trailers))
         if error is not None:
             raise error
     assert admission.told == [settled]
