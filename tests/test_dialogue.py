@@ -27,7 +27,7 @@ from service.engines.tone import ToneEngine
 from service.engines.tone_code import verify
 from service.flights import Deadline
 from service.segments import Listener, Origin, Segments
-from service.speaking import Terms, in_one_request, speak
+from service.speaking import MAX_AHEAD, Terms, in_one_request, speak
 from service.speech import parse_config, revision
 from service.text import TextSegment
 from tests.calls import until
@@ -152,7 +152,7 @@ async def place(*, tone: dict[str, Any] | None = None, policy: Policy | None = N
     given: dict[str, Any] = {"engine": "tone", "tone": {"steps_per_character": 1.5} | (tone or {})}
     settings = Settings(**given | sections)
     engine = ToneEngine(settings.tone)
-    runner = Runner(engine, policy or Policy())
+    runner = Runner(engine, policy or Policy(), outbox_seconds=settings.batcher.outbox_seconds)
     runner.start()
     try:
         async with asyncio.timeout(PATIENCE):
@@ -250,6 +250,18 @@ async def test_who_begins_a_segment_pays_for_it_however_it_leaves() -> None:
             await anext(messages)
             await until(lambda: here.segments._kept.bytes > 0)
         assert short.account.made_seconds == pytest.approx(40 * 512 / rate)
+
+
+async def test_a_long_text_is_read_as_it_is_heard() -> None:
+    texts = tuple(f"Number {number}." for number in range(150))
+    async with place() as here:
+        script, heard = Written(texts, at_once=40), Heard(texts, 5)
+        async with aclosing(here.speak(script, heard)) as messages:
+            async for message in messages:
+                heard.take(message)
+                assert len(texts) - len(script._parts) - len(heard.marks) <= MAX_AHEAD + 2 * 40
+        heard.check()
+        assert heard.end is not None
 
 
 async def test_what_differs_is_made_and_the_rest_is_found() -> None:
@@ -381,7 +393,7 @@ async def test_a_slow_listener_holds_up_nobody_and_hears_all() -> None:
 
 async def test_of_the_next_part_no_samples_are_made_before_its_turn() -> None:
     texts = ("This is one that goes on for longer.", "And another one.", "Well.")
-    async with place(tone={"steps_per_character": 20}, batcher={"outbox_seconds": 1.0}) as here:
+    async with place(tone={"steps_per_character": 50}, batcher={"outbox_seconds": 1.0}) as here:
         messages = here.speak(Written(texts, at_once=3), Heard(texts, 5))
         for _ in range(2):
             await anext(messages)  # and reads no further
