@@ -209,16 +209,12 @@ class Runner:
             self.scheduler.extend(request, segments)
         self._wake()
 
-    def check_room(self, segments: Sequence[Segment], tenant: str, priority: Priority) -> None:
-        """Checks that a stream would find room now.
-
-        Raises:
-            QueueFullError: it would not.
-        """
+    def has_room(self, segments: Sequence[Segment], tenant: str, priority: Priority) -> bool:
+        """Whether a stream would find room now."""
         outbox = Outbox(self._window, self._wake)
         request = Request(segments, outbox, len(segments), tenant=tenant, priority=priority, stream=True)
         with self._changed:
-            self.scheduler.check_room(request)
+            return self.scheduler.has_room(request)
 
     def need(self, request: Request, heard_from: float) -> None:
         """Makes what goes on from other audio more urgent, if it is needed sooner."""

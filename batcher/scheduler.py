@@ -154,19 +154,15 @@ class Scheduler:
             self._expiry.add(request, last_chance)
         return deliveries
 
-    def check_room(self, request: Request) -> None:
-        """Checks that a request would find room now, without admitting it.
-
-        Raises:
-            QueueFullError: it would not.
-        """
+    def has_room(self, request: Request) -> bool:
+        """Whether a request would find room now. It is not admitted."""
         request.later.extend(self._make_rows(request, request.segments))
         self._release(request)
         try:
             self._make_room(request)
         except QueueFullError:
-            self.counters.refused["full"] += 1
-            raise
+            return False
+        return True
 
     def need(self, request: Request, heard_from: float) -> None:
         """Somebody needs what goes on from what is heard, perhaps sooner than was said when it came."""

@@ -38,19 +38,10 @@ class Account:
 async def in_parts(
     segments: Segments, listener: Listener, account: Account, rows: Sequence[Segment], closed: bool
 ) -> AsyncIterator[Dialogue]:
-    """Begins to speak rows, each of them shared with all who say the same in the same scope.
-
-    Raises:
-        BatcherError: there is no room for a dialogue, also where its first part is there: what follows it may not be,
-            and nobody is refused in the middle.
-    """
+    """Begins to speak rows, each of them shared with all who say the same in the same scope."""
     dialogue = Dialogue(segments, listener, account)
     try:
-        dialogue.extend(rows[:1])
-        if not dialogue.asks_for_room:
-            call = listener.call
-            segments.runner.check_room(rows[:1], call.tenant, Priority(call.priority))
-        dialogue.extend(rows[1:])
+        dialogue.extend(rows)
         if closed:
             dialogue.close()
         yield dialogue
@@ -140,11 +131,8 @@ class Dialogue:
         self._heard_first = self._runner.now() + patience
         self._changed: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
-
-    @property
-    def asks_for_room(self) -> bool:
-        """The batcher is asked to let its first part in."""
-        return self._parts[0].origin is Origin.MADE
+        self._let_in = False
+        """The batcher has let in what was made for it, or had room when it came: all that follows comes in."""
 
     async def get(self) -> Event:
         """Takes the next event, waiting for it.
@@ -199,6 +187,7 @@ class Dialogue:
 
     def _begin_more(self) -> None:
         """Keeps as many rows in flight as a stream may have, and what comes next of them in the making."""
+        self._let_in |= any(part.admitted and part.origin is Origin.MADE for part in self._parts)
         while self._later and self._may_begin():
             self._parts.append(self._begin(self._later.popleft(), self._parts))
         for part in self._parts:
@@ -207,15 +196,20 @@ class Dialogue:
                 break
 
     def _may_begin(self) -> bool:
-        if self._parts and not self._parts[0].row.index and not self._parts[0].admitted:
-            return False  # it may be refused, and what goes on from it never is
+        if not self._let_in and any(not part.admitted for part in self._parts):
+            return False  # that may be refused, and then nothing goes on from it
         open_parts = sum(not part.over for part in self._parts)
         ahead = sum(part.ready for part in self._parts)
         return open_parts < self._settings.stream_rows and ahead < self._settings.outbox_seconds
 
     def _begin(self, row: Segment, before: Iterable[_Part]) -> _Part:
-        heard_from = self._heard_from(before) if row.index else None
+        heard_from = self._heard_from(before) if self._let_in else None
         flight, origin = self._segments.find(row, self._listener, heard_from)
+        if not row.index and origin is not Origin.MADE:
+            # Nothing is asked of the batcher yet. Who comes while it is full waits for room with the first part that
+            # must be made: what others have said costs nothing, and is no way round the bounds.
+            call = self._listener.call
+            self._let_in = self._runner.has_room([row], call.tenant, Priority(call.priority))
         metrics.segment_counter(origin.value).inc()
         self._account.shared += origin is not Origin.MADE
         return _Part(row, flight, origin, self._runner.predict(row), self._rate)
@@ -269,7 +263,7 @@ class Dialogue:
         """Playback has begun: now it is known when what was begun before will be heard."""
         parts = list(self._parts)
         for number, part in enumerate(parts):
-            if number:
+            if number and self._let_in:
                 part.flight.need(self._heard_from(parts[:number]))
 
     def _pass(self, part: _Part, end: RequestEnded) -> None:

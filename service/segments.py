@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
 
 from audio.frames import SAMPLE_BYTES
 from batcher.engine import EndReason, Segment
-from batcher.errors import BatcherError
+from batcher.errors import BatcherError, QueueFullError
 from batcher.request import Audio, Event, Priority, RequestEnded, RequestFailed
 from batcher.runner import Runner, Speaking
 from common import metrics
@@ -67,13 +67,15 @@ class Flight:
     """A segment that is being made, or was."""
 
     heard_from: float | None
-    """When the first who needs it does, on the runner's clock; None: it is the first of a text."""
+    """When the first who needs it does, on the runner's clock; None: none of them was let in before."""
     deadline: float
     """Of the one who waits longest."""
     released: bool = False
     """All that comes before it is there, for one at least: its samples are wanted."""
     speaking: Speaking | None = None
     """While it is in the batcher."""
+    needed: asyncio.Event = field(default_factory=asyncio.Event)
+    """By somebody who was let in."""
     tape: Tape[FlightEvent] = field(init=False)
 
     @property
@@ -95,11 +97,18 @@ class Flight:
                 self.speaking.release()
 
     def need(self, heard_from: float) -> None:
-        """Somebody needs it then."""
-        if self.heard_from is not None and heard_from < self.heard_from:
+        """Somebody who was let in needs it then."""
+        if self.heard_from is None or heard_from < self.heard_from:
             self.heard_from = heard_from
+            self.needed.set()
             if self.speaking is not None:
                 self.speaking.need(heard_from)
+
+    async def wait(self, seconds: float) -> None:
+        """Waits for room so long, or until somebody needs it who was let in."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.needed.wait()
 
     def extend(self, deadline: float) -> None:
         """Somebody waits so long."""
@@ -140,7 +149,7 @@ class Segments:
     def find(self, segment: Segment, listener: Listener, heard_from: float | None) -> tuple[Flight, Origin]:
         """The flight of a segment, which is to be followed at once, and what it is for the one who asks.
 
-        `heard_from`: when that one will need it, on the runner's clock; None: it is the first of its text.
+        `heard_from`: when that one will need it, on the runner's clock; None: it was not let in yet.
         """
         key = segment_key(segment, self._revision, listener.scope)
         names = flight_names(key, listener.call.priority)
@@ -192,17 +201,36 @@ class Segments:
         Raises:
             ChorusError: what became of it instead.
         """
-        try:
-            async with self.runner.speak(
-                [segment],
-                max_rows=1,
-                deadline=flight.deadline,
-                tenant=call.tenant,
-                priority=Priority(call.priority),
-                stream=True,
-                heard_from=flight.heard_from,
-            ) as speaking:
-                flight.begin(speaking)
+        # Who has heard something already is not sent away at once.
+        patience = self.batching.first_audio_limit if segment.index else 0.0
+        give_up = self.runner.now() + patience
+        while True:
+            try:
+                async with aclosing(self._spoken(segment, call, flight)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except QueueFullError as refusal:
+                left = give_up - self.runner.now()
+                if left <= 0:
+                    raise told(refusal) from refusal
+                await flight.wait(min(left, refusal.retry_after))
+            except BatcherError as error:
+                raise told(error) from error
+
+    async def _spoken(self, segment: Segment, call: Call, flight: Flight) -> AsyncGenerator[FlightEvent, None]:
+        """The same once, with the batcher's own errors."""
+        async with self.runner.speak(
+            [segment],
+            max_rows=1,
+            deadline=flight.deadline,
+            tenant=call.tenant,
+            priority=Priority(call.priority),
+            stream=True,
+            heard_from=flight.heard_from,
+        ) as speaking:
+            flight.begin(speaking)
+            try:
                 yield Admitted()
                 while True:
                     event = await speaking.get()
@@ -211,10 +239,8 @@ class Segments:
                     yield event
                     if isinstance(event, RequestEnded):
                         return
-        except BatcherError as error:
-            raise told(error) from error
-        finally:
-            flight.speaking = None
+            finally:
+                flight.speaking = None
 
 
 def _is_whole(tape: Tape[FlightEvent]) -> bool:

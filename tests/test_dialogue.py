@@ -474,21 +474,90 @@ async def test_a_failure_reaches_all_once_and_is_not_kept() -> None:
         assert here.rows == len(SPEECH) + 1
 
 
-async def test_who_is_refused_has_cost_nothing_also_where_its_beginning_is_there() -> None:
-    full = Policy(max_delay=0.1, max_steps_per_tick=1)
-    async with place(tone={"step_base_ms": 5, "slots": 1, "steps_per_character": 2}, policy=full) as here:
-        await here.hear(("Yes.",))
-        first = here.speak(Written(("Something that takes its time, and then some more.",)), Heard((), 6))
-        await anext(first)
+FULL: dict[str, Any] = {
+    "tone": {"step_base_ms": 5, "slots": 1, "steps_per_character": 2},
+    "policy": Policy(max_delay=0.1, max_steps_per_tick=1),
+}
+LONG = ("Something that takes its time, and then some more of it.",)
+
+
+@asynccontextmanager
+async def full(here: Place) -> AsyncGenerator[Any, None]:
+    """While a dialogue is heard that leaves no room for another."""
+    async with aclosing(here.speak(Written(LONG), Heard(LONG, 6))) as messages:
+        await anext(messages)
+        yield messages
+
+
+async def test_who_is_refused_has_cost_nothing() -> None:
+    async with place(**FULL) as here, full(here):
         before = here.runner.stats().counters
-        for texts in (("Yes.", "Well."), ("Well.", "And another one.")):
-            with pytest.raises(ChorusError) as refusal:
-                await anext(here.speak(Written(texts, at_once=2), Heard(texts, 5)))
-            assert refusal.value.reason == "QUEUE_FULL"
+        with pytest.raises(ChorusError) as refusal:
+            await anext(here.speak(Written(SPEECH, at_once=4), Heard(SPEECH, 5)))
+        assert refusal.value.reason == "QUEUE_FULL"
         after = here.runner.stats().counters
-        assert (after.submitted, after.refused["full"]) == (before.submitted, before.refused["full"] + 2)
+        assert (after.submitted, after.refused["full"]) == (before.submitted, before.refused["full"] + 1)
         assert len(here.segments._flights) == 1
-        await first.aclose()
+
+
+async def test_who_begins_with_what_is_there_hears_it_and_waits_for_room() -> None:
+    async with place(**FULL) as here:
+        await here.hear(SPEECH[:1])
+        heard = Heard(SPEECH[:3], 5)
+        async with full(here) as blocker, aclosing(here.speak(Written(heard.texts, at_once=3), heard)) as messages:
+            rows = here.rows
+            while not heard.marks:
+                heard.take(await anext(messages))
+            going_on = asyncio.ensure_future(anext(messages))
+            await asyncio.sleep(0.05)
+            assert (here.rows, going_on.done()) == (rows, False)
+            await blocker.aclose()
+            heard.take(await going_on)
+            async for message in messages:
+                heard.take(message)
+        heard.check()
+        assert heard.end is not None
+        assert here.rows == rows + 2
+
+
+async def test_who_waits_for_room_too_long_is_told_so() -> None:
+    async with place(**FULL, batcher={"first_audio_limit": 0.1}) as here:
+        await here.hear(SPEECH[:1])
+        async with full(here):
+            began = here.runner.now()
+            with pytest.raises(ChorusError) as refusal:
+                await here.hear(SPEECH[:2])
+            assert refusal.value.reason == "QUEUE_FULL"
+            assert here.runner.now() - began > 0.1
+
+
+async def test_who_was_let_in_waits_for_nobodys_room() -> None:
+    async with place(**FULL) as here:
+        await here.hear(SPEECH[:1])
+        writer = Written(SPEECH[:2])
+        early, late = Heard(SPEECH[:2], 5), Heard(SPEECH[:2], 5)
+        async with aclosing(here.speak(writer, early)) as messages:  # there is room
+            while not early.marks:
+                early.take(await anext(messages))
+                writer.gate.clear()
+            async with full(here), aclosing(here.speak(Written(SPEECH[:2]), late)) as others:
+                rows = here.rows
+                while not late.marks:
+                    late.take(await anext(others))
+                waiting = asyncio.ensure_future(anext(others))
+                await until(lambda: len(here.segments._flights) == 2)
+                assert here.rows == rows
+                writer.gate.set()
+                async for message in messages:
+                    early.take(message)
+                late.take(await waiting)
+                async for message in others:
+                    late.take(message)
+                assert here.rows == rows + 1
+        early.check()
+        assert early.audio == late.audio
+        assert late.account.made_seconds > 0
+        assert early.account.made_seconds == 0
 
 
 async def test_the_deadline_of_the_first_is_not_that_of_the_others() -> None:

@@ -345,30 +345,45 @@ BUSY: dict[str, Any] = {"tone_step_base_ms": 10, "tone_slots": 1, "batcher_max_d
 """About as fast as it is heard, one row at a time."""
 
 
-async def test_nobody_is_refused_in_the_middle_and_who_comes_is_however_much_is_found(stack: Stack) -> None:
+async def test_what_is_there_is_heard_although_the_queue_is_full_and_nobody_let_in_is_refused(stack: Stack) -> None:
     service, doors = await three(stack, **BUSY, tone_steps_per_character=1)
     greeting = SAID[0]
     await hear(doors[0], greeting)
     before = runs(service)
-    # It has heard what was found, and the queue fills before it goes on.
-    call: Any = doors[0].speech.StreamSynthesizeText()
-    await call.write(config())
-    await call.write(Written(text=greeting))
-    await call.write(Written(flush=tts_pb2.Flush()))
+    # It has heard what was found while there was room, and the queue fills before it goes on.
+    early: Any = doors[0].speech.StreamSynthesizeText()
+    await early.write(config())
+    await early.write(Written(text=greeting))
+    await early.write(Written(flush=tts_pb2.Flush()))
     heard = Heard()
     while not heard.marks:
-        heard.take(await call.read())
+        heard.take(await early.read())
     assert heard.starts[0].cache_status == HIT
     blockers = [asyncio.create_task(hear(doors[1], f"{n} is a number. {TEXT}")) for n in range(8)]
     await until(lambda: any(blocker.done() for blocker in blockers))
     assert {(await failure(blocker)).reason for blocker in blockers if blocker.done()} == {"QUEUE_FULL"}
-    # Who begins with what is there is refused like anybody: what follows may have to be made.
-    full = await failure(hear(doors[0], greeting))
-    assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
-    await call.write(Written(text="And this has never been said by anybody until now."))
-    await finish(call, heard)
+    assert (await hear(doors[0], greeting)).starts[0].cache_status == HIT
+    assert (await failure(hear(doors[0], "Something else that nobody has said."))).reason == "QUEUE_FULL"
+    await early.write(Written(text="And this has never been said by anybody until now."))
+    await finish(early, heard)
     assert len(heard.marks) == 2
     assert runs(service) > before
     for blocker in blockers:
         blocker.cancel()
     await asyncio.gather(*blockers, return_exceptions=True)
+
+
+async def test_a_full_queue_refuses_nobody_who_says_what_another_says(stack: Stack) -> None:
+    service, doors = await three(stack, **BUSY | {"batcher_max_delay": 0.2, "tone_steps_per_character": 0.5})
+    heard = await asyncio.gather(*(hear(doors[n % 2], size=(9, 1000)[n % 3 == 0]) for n in range(12)))
+    assert same(heard)
+    assert runs(service) == 3
+
+
+async def test_while_too_much_is_in_flight_nothing_more_is_shared(stack: Stack) -> None:
+    _, door = await two(stack, flights_bytes=1)
+    first, heard = await begin(door)
+    assert heard.starts[0].cache_status == MISS
+    assert (await hear(door)).starts[0].cache_status == BYPASS
+    await finish(first, heard)
+    assert (await hear(door)).starts[0].cache_status == HIT
