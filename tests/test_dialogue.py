@@ -478,7 +478,7 @@ FULL: dict[str, Any] = {
     "tone": {"step_base_ms": 5, "slots": 1, "steps_per_character": 2},
     "policy": Policy(max_delay=0.1, max_steps_per_tick=1),
 }
-LONG = ("Something that takes its time, and then some more of it.",)
+LONG = ("Something that takes its time, and then some more of it. " * 4,)
 
 
 @asynccontextmanager
@@ -540,7 +540,7 @@ async def test_who_was_let_in_waits_for_nobodys_room() -> None:
             while not early.marks:
                 early.take(await anext(messages))
                 writer.gate.clear()
-            async with full(here), aclosing(here.speak(Written(SPEECH[:2]), late)) as others:
+            async with full(here) as blocker, aclosing(here.speak(Written(SPEECH[:2]), late)) as others:
                 rows = here.rows
                 while not late.marks:
                     late.take(await anext(others))
@@ -548,6 +548,11 @@ async def test_who_was_let_in_waits_for_nobodys_room() -> None:
                 await until(lambda: len(here.segments._flights) == 2)
                 assert here.rows == rows
                 writer.gate.set()
+                going_on = asyncio.ensure_future(anext(messages))
+                await until(lambda: here.rows == rows + 1)
+                assert len(here.segments._flights) == 2  # there is no more room than before
+                await blocker.aclose()
+                early.take(await going_on)
                 async for message in messages:
                     early.take(message)
                 late.take(await waiting)
