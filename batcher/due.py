@@ -1,6 +1,6 @@
 """Who comes first: one number orders all who wait, the moment at which a row is due.
 
-    a stream that is heard      `reserve` before its listener would hear a gap
+    a stream that is heard      `reserve` before its listener would hear a gap; also one that goes on from another
     a new stream                `first_audio_patience` after it came
     anything else               `patience` after it came, or when it must start to meet its deadline
     a request's further rows    later by the audio that comes before them

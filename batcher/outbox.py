@@ -20,22 +20,27 @@ class Outbox:
     At most `window` samples beyond those taken ever lie in it.
     """
 
-    __slots__ = ("_ended", "_events", "_taken", "_waiter", "_wake", "_window", "starved")
+    __slots__ = ("_ended", "_events", "_held", "_taken", "_waiter", "_wake", "_window", "starved")
 
-    def __init__(self, window: int, wake: Callable[[], None]) -> None:
-        """`window`: samples. `wake`: tells the runner that there is credit again; called from the event loop."""
+    def __init__(self, window: int, wake: Callable[[], None], *, held: bool = False) -> None:
+        """Opens it.
+
+        `window`: samples. `wake`: tells the runner that there is credit again; called from the event loop.
+        `held`: it has no credit until it is released.
+        """
         self._events: deque[Event] = deque()
         self._ended = False
         self._taken = 0
         self._waiter: asyncio.Future[None] | None = None
         self._wake = wake
         self._window = window
+        self._held = held
         self.starved = False
 
     @property
     def samples(self) -> int:
         """Samples that may have been made since the request began. Read by the scheduler, on its thread."""
-        return self._taken + self._window
+        return 0 if self._held else self._taken + self._window
 
     def put(self, event: Event) -> None:
         """Adds an event, in order. After the end nothing counts: what was on its way then is dropped."""
@@ -52,6 +57,12 @@ class Outbox:
         self._ended = False
         self.put(event)
 
+    def release(self) -> None:
+        """It is read from now on."""
+        if self._held:
+            self._held = False  # before `starved` is read, as in `get`
+            self._wake_starved()
+
     def close(self) -> None:
         """Nobody reads any more: what was not taken is dropped, and so is what comes."""
         self._events.clear()
@@ -66,7 +77,10 @@ class Outbox:
         if isinstance(event, Audio):
             # In this order: the scheduler sets `starved` before it reads the credit, so one of the two sees the other.
             self._taken += len(event.data) // BYTES_PER_SAMPLE
-            if self.starved:
-                self.starved = False
-                self._wake()
+            self._wake_starved()
         return event
+
+    def _wake_starved(self) -> None:
+        if self.starved:
+            self.starved = False
+            self._wake()

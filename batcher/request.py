@@ -138,6 +138,8 @@ class Request:
     """No segments will be added."""
     expected_steps: int = 0
     """Of all its segments, also those still to be added, as far as that is known."""
+    heard_from: float | None = None
+    """It goes on from audio that its listener has until then: it is no newcomer, and as urgent as that makes it."""
     later: deque[Row] = field(default_factory=deque)
     """Rows that may not run yet."""
     current: deque[Row] = field(default_factory=deque)
@@ -153,7 +155,7 @@ class Request:
     batch_rows: int = 0
     """The most rows that the batch had when one of its own joined."""
     playback_started: float | None = None
-    """When the first samples were delivered; later by the length of each gap since."""
+    """When the first samples were delivered, or will be heard; later by the length of each gap since."""
     held_back: bool = False
     """Its reader had no credit for the last samples that there were."""
     cut: bool = False

@@ -45,7 +45,8 @@ class Roster:
         row.ref = self._slots.seat()
         self.rows[row.ref.row] = self.running[row.ref.row] = row
         self.batch_running += row.request.priority is Priority.BATCH
-        if row.request.stream and row is row.request.head:
+        request = row.request
+        if request.stream and row is request.head and request.heard_from is None:
             self.opening[row] = None
 
     def end(self, row: Row) -> None:

@@ -79,6 +79,14 @@ class Speaking:
         """Says that no segments will be added."""
         self._runner.close(self._request)
 
+    def release(self) -> None:
+        """What goes on from other audio comes next: from now on its samples are made."""
+        self._outbox.release()
+
+    def need(self, heard_from: float) -> None:
+        """Somebody needs what goes on from other audio, perhaps sooner than was said when it began."""
+        self._runner.need(self._request, heard_from)
+
     def allow(self, deadline: float) -> None:
         """Gives it more time. It may have been refused more of it by the time that the batcher had to begin."""
         self._runner.allow(self._request, deadline)
@@ -161,20 +169,24 @@ class Runner:
         stream: bool = False,
         closed: bool = True,
         expected_steps: int = 0,
+        heard_from: float | None = None,
     ) -> AsyncIterator[Speaking]:
         """Speaks segments. Read its events until RequestEnded or RequestFailed; leaving earlier cancels.
 
         `deadline`: on the runner's clock, in seconds. `stream`: it is listened to while it is spoken. `closed`: these
         are all; otherwise more can be added, until it is closed. `expected_steps`: of all its segments, also those
-        still to come, as far as that is known.
+        still to come, as far as that is known. `heard_from`: it goes on from audio that lasts until then, on the same
+        clock. So it is always let in, and no samples of it are made before it is released.
 
         Raises:
             QueueFullError: too much work lies before the engine.
             DeadlineUnreachableError: the work would be done too late.
             StoppedError: the batcher has stopped.
         """
-        outbox = Outbox(self._window, self._wake)
-        request = Request(segments, outbox, max_rows, deadline, tenant, priority, stream, closed, expected_steps)
+        outbox = Outbox(self._window, self._wake, held=heard_from is not None)
+        request = Request(
+            segments, outbox, max_rows, deadline, tenant, priority, stream, closed, expected_steps, heard_from
+        )
         with self._changed:
             if self._stopping:
                 raise StoppedError("stopping")
@@ -196,6 +208,27 @@ class Runner:
         with self._changed:
             self.scheduler.extend(request, segments)
         self._wake()
+
+    def has_room(self, segments: Sequence[Segment], tenant: str, priority: Priority) -> bool:
+        """Whether a stream would find room now."""
+        outbox = Outbox(self._window, self._wake)
+        request = Request(segments, outbox, len(segments), tenant=tenant, priority=priority, stream=True)
+        with self._changed:
+            return self.scheduler.has_room(request)
+
+    def need(self, request: Request, heard_from: float) -> None:
+        """Makes what goes on from other audio more urgent, if it is needed sooner."""
+        with self._changed:
+            self.scheduler.need(request, heard_from)
+
+    def predict(self, segment: Segment) -> float:
+        """The audio that a segment will come to, in seconds."""
+        with self._changed:
+            return self.scheduler.predict(segment)
+
+    def now(self) -> float:
+        """On the runner's clock, in seconds."""
+        return self._clock()
 
     def close(self, request: Request) -> None:
         """Says that an open request is complete. Its end comes from the engine's thread, behind all else that does."""

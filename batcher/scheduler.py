@@ -130,6 +130,8 @@ class Scheduler:
     def submit(self, request: Request, now: float) -> list[Delivery]:
         """Admits a request. Says what to deliver to those who are refused in its stead.
 
+        One that goes on from audio that is heard already was admitted with that, and comes in.
+
         Raises:
             QueueFullError: too much work lies before the engine.
             DeadlineUnreachableError: the work would be done too late.
@@ -138,7 +140,11 @@ class Scheduler:
         request.later.extend(self._make_rows(request, request.segments))
         request.segments = ()
         rows = self._release(request)
-        deliveries = self._admit(request, now)
+        if request.heard_from is None:
+            deliveries = self._admit(request, now)
+        else:
+            deliveries = []
+            request.first_join, request.playback_started = now, request.heard_from
         self.counters.submitted += 1
         self._requests.add(request)
         for row in rows:
@@ -147,6 +153,26 @@ class Scheduler:
         if (last_chance := self._last_chance(request)) is not None:
             self._expiry.add(request, last_chance)
         return deliveries
+
+    def has_room(self, request: Request) -> bool:
+        """Whether a request would find room now. It is not admitted."""
+        request.later.extend(self._make_rows(request, request.segments))
+        self._release(request)
+        try:
+            self._make_room(request)
+        except QueueFullError:
+            return False
+        return True
+
+    def need(self, request: Request, heard_from: float) -> None:
+        """Somebody needs what goes on from what is heard, perhaps sooner than was said when it came."""
+        if request.playback_started is not None and not request.samples and heard_from < request.playback_started:
+            request.playback_started = heard_from
+            self._queue_anew(request)
+
+    def predict(self, segment: Segment) -> float:
+        """The audio that a segment will come to, in seconds."""
+        return self._estimator.predict(segment).steps_p50 / self.caps.steps_per_second
 
     def extend(self, request: Request, segments: Sequence[Segment]) -> None:
         """Adds segments to an open request."""
@@ -430,16 +456,24 @@ class Scheduler:
     def _admit(self, request: Request, now: float) -> list[Delivery]:
         """Checks the bounds. Who has less than its share comes in, in the stead of the greediest tenant's newest."""
         try:
-            if len(self._waiting) >= self.policy.max_waiting or self._roster.parked >= self.policy.max_parked:
-                raise QueueFullError(max(self.work_seconds / self._speed, self.policy.tick_seconds))
-            delay = self._admission.delay(request, self._speed)
-            victims = self._victims(request, delay) if delay else []
+            delay, victims = self._make_room(request)
             self._admission.check_in_time(request, now, self._wait(request), len(self._roster.running))
         except BatcherError as refusal:
             self.counters.refused[_REFUSALS[type(refusal)]] += 1
             raise
         self.counters.refused["displaced"] += len(victims)
         return [delivery for victim in victims for delivery in self._fail(victim, QueueFullError(delay))]
+
+    def _make_room(self, request: Request) -> tuple[float, list[Request]]:
+        """When there would be room for a request, and who must go so that there is now.
+
+        Raises:
+            QueueFullError: there is none.
+        """
+        if len(self._waiting) >= self.policy.max_waiting or self._roster.parked >= self.policy.max_parked:
+            raise QueueFullError(max(self.work_seconds / self._speed, self.policy.tick_seconds))
+        delay = self._admission.delay(request, self._speed)
+        return delay, self._victims(request, delay) if delay else []
 
     def _victims(self, request: Request, delay: float) -> list[Request]:
         """Who must go to make room for a request.

@@ -47,7 +47,7 @@ class Call:
     def __init__(self, method: str, request_id: str, context: Context | None = None) -> None:
         self.method = method
         self._context = context
-        self._trailers: dict[str, str] = {}
+        self._trailers: dict[str, str | bytes] = {}
         self.tenant = ""
         self.priority: Priority = "interactive"
         self.request_id = request_id
@@ -56,7 +56,7 @@ class Call:
         self.code = "OK"
         self.reason: str | None = None
 
-    def trail(self, name: str, value: str) -> None:
+    def trail(self, name: str, value: str | bytes) -> None:
         """Says something in the call's trailing metadata, whether it ends well or not."""
         self._trailers[name] = value
         if self._context is not None:

@@ -1,12 +1,17 @@
-"""The key of a speech: equal for all requests that are answered by the same samples, in whatever format."""
+"""The keys of speeches and of segments: equal for what is answered by the same samples, in whatever format."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
-from typing import TypeAlias
+from dataclasses import asdict
+from typing import TYPE_CHECKING, TypeAlias
 
 from protos.chorus.v1 import tts_pb2
+
+if TYPE_CHECKING:
+    from batcher.engine import Segment  # gateways have no batcher
 
 Spoken: TypeAlias = "tts_pb2.SynthesizeRequest | tts_pb2.StreamSynthesizeRequest"
 
@@ -44,6 +49,15 @@ def speech_key(request: Spoken, revision: str, scope: str = "") -> bytes:
         asked.sampling.CopyFrom(request.sampling)
     made_of = b"\0".join((scope.encode(), revision.encode(), asked.SerializeToString(deterministic=True)))
     return hashlib.sha256(made_of).digest()
+
+
+def segment_key(segment: Segment, revision: str, scope: str = "") -> str:
+    """The key of one segment of a text that is being written, in hexadecimal digits. The rest as for `speech_key`.
+
+    All that an engine is given for it is in the key, since a row depends on nothing else.
+    """
+    made_of = json.dumps([scope, revision, asdict(segment)], sort_keys=True)
+    return hashlib.sha256(made_of.encode()).hexdigest()
 
 
 def flight_names(key: str, priority: str) -> tuple[str, ...]:

@@ -22,6 +22,10 @@ INTERNAL_DEADLINE = "x-chorus-internal-deadline-ms"
 """How long the one waits who asked first; the call itself lasts as long as anybody waits."""
 INTERNAL_RUN_HERE = "x-chorus-internal-run-here"
 """Speak it, even if another backend does."""
+INTERNAL_SHARING = "x-chorus-internal-sharing"
+"""With whom the segments of a text that is being written are shared; without it with nobody."""
+INTERNAL_MADE = "x-chorus-internal-made-seconds"
+"""A service's trailer: of the audio of such a text, what was made for this call."""
 CACHE_CONTROL = "cache-control"
 ONLY_CACHED = "x-chorus-only-cached"
 API_KEY = "x-api-key"
@@ -31,6 +35,8 @@ IDEMPOTENCY_KEY = "idempotency-key"
 ORCA_LOAD = "endpoint-load-metrics-bin"
 
 Priority: TypeAlias = Literal["interactive", "batch"]
+Sharing: TypeAlias = Literal["all", "tenant"]
+"""With whom: all tenants, or only the caller's own."""
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")

@@ -67,6 +67,12 @@ FLIGHT_BYTES = Gauge("chorus_flights_bytes", "Audio held for those who join.")
 FLIGHT_FOLLOWERS = Histogram(
     "chorus_flight_followers", "Callers of a speech at once.", buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500)
 )
+SEGMENTS = Counter(
+    "chorus_segments_total", "Segments of dialogues that share them, by origin: made, joined, kept.", ["origin"]
+)
+SEGMENTS_OPEN = Gauge("chorus_segments_open", "Segments of dialogues that are being made and can be joined.")
+SEGMENT_BYTES = Gauge("chorus_segments_bytes", "Audio of segments of dialogues that are being made.")
+SEGMENT_KEPT_BYTES = Gauge("chorus_segments_kept_bytes", "Segments of dialogues that are kept.")
 COALESCED = Counter("chorus_coalesced_total", "Calls that joined a speech which was being made.")
 CACHE_LOOKUPS = Counter("chorus_cache_lookups_total", "Where speeches were found: memory, store, miss.", ["found"])
 CACHE_BYTES = Gauge("chorus_cache_memory_bytes", "Speeches in memory.")
@@ -110,6 +116,12 @@ def cache_counter(found: str) -> Counter:
 def cache_status(status: str) -> Counter:
     """`CACHE_STATUS` of a status."""
     return CACHE_STATUS.labels(status)
+
+
+@lru_cache
+def segment_counter(origin: str) -> Counter:
+    """`SEGMENTS` of an origin."""
+    return SEGMENTS.labels(origin)
 
 
 @lru_cache

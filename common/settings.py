@@ -165,6 +165,8 @@ class CacheSettings(Section):
     """How long a speech is kept, a tenth more or less."""
     inline_bytes: Count = 512 * 1024
     """What is larger lies in the object store."""
+    segment_bytes: Count = 64 * 1024 * 1024
+    """In each service: segments of texts that are spoken while they are written."""
 
 
 class FlightSettings(Section):

@@ -7,8 +7,8 @@ messages from the first one on. When the last follower has left, it may linger f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from copy import copy
 from typing import Generic, TypeVar
 
@@ -81,24 +81,29 @@ class Tape(Generic[M]):
         Raises:
             BaseException: what the source raised; asyncio.CancelledError never, but for the follower's own.
         """
-        self._join()
-        at = 0
+        follower = Follower(self)
         try:
             while True:
-                while at < len(self.messages):
-                    message = self.messages[at]
-                    at += 1
-                    if at > self._fastest:
-                        self._fastest = at
-                        self._wake_source()
+                message = follower.take()
+                if message is not None:
                     yield message
-                if self.failure is not None:
-                    raise _own(self.failure)
-                if self.complete:
+                elif self.complete:
                     return
-                await self._more()
+                else:
+                    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                    with self.waking(waiter):
+                        await waiter
         finally:
-            self._leave()
+            follower.leave()
+
+    @contextmanager
+    def waking(self, waiter: asyncio.Future[None]) -> Iterator[None]:
+        """A future that is set when there is more to take, or there will be no more."""
+        self._waiting.add(waiter)
+        try:
+            yield
+        finally:
+            self._waiting.discard(waiter)
 
     def cancel(self) -> None:
         """Ends the source now. Followers hear that it was abandoned."""
@@ -117,6 +122,11 @@ class Tape(Generic[M]):
             self._lingering = None
         self._wake_source()
 
+    def _heard(self, messages: int) -> None:
+        if messages > self._fastest:
+            self._fastest = messages
+            self._wake_source()
+
     def _leave(self) -> None:
         self.followers -= 1
         if not self.followers and not self.over:
@@ -124,14 +134,6 @@ class Tape(Generic[M]):
                 self._lingering = asyncio.get_running_loop().call_later(self._linger, self.cancel)
             else:
                 self.cancel()
-
-    async def _more(self) -> None:
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.add(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiting.discard(waiter)
 
     def _wake_followers(self) -> None:
         for waiter in self._waiting:
@@ -177,6 +179,35 @@ class Tape(Generic[M]):
             self._lingering = None
         self._done(self)
         self._wake_followers()
+
+
+class Follower(Generic[M]):
+    """One who hears a tape from its first message on, at its own pace, until it leaves."""
+
+    def __init__(self, tape: Tape[M]) -> None:
+        """Joins."""
+        self._tape = tape
+        self._at = 0
+        tape._join()
+
+    def take(self) -> M | None:
+        """The next message, if it is there.
+
+        Raises:
+            BaseException: what the source raised; there are no more messages.
+        """
+        tape = self._tape
+        if self._at < len(tape.messages):
+            self._at += 1
+            tape._heard(self._at)
+            return tape.messages[self._at - 1]
+        if tape.failure is not None:
+            raise _own(tape.failure)
+        return None
+
+    def leave(self) -> None:
+        """Hears no more. Called once."""
+        self._tape._leave()
 
 
 class Abandoned(Exception):

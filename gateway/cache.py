@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import random
-import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from common import metrics
+from common.generations import GENERATION_SECONDS, GENERATIONS, Generations, read_generations
 from common.logs import logger
+from common.lru import Lru
 from common.objects import Objects
 from common.settings import CacheSettings
 from common.store import Store, StoreUnavailable
-from gateway.lru import Lru
 from gateway.masters import Master
 from protos.chorus.v1 import tts_pb2
 
-GENERATIONS = "cache:generations"
-GENERATION_SECONDS = 1.0
 JITTER = 0.1
 """The share by which times to live differ, so that not all that was made together goes together."""
 MAX_PUT_BYTES = 64 * 1024 * 1024
@@ -35,9 +33,6 @@ FORMS_SHARE = 5
 SWEEP_SECONDS = 3600.0
 
 _INLINE, _POINTER = b"i", b"p"
-
-
-Generations: TypeAlias = dict[bytes, bytes]
 
 
 class Tags(NamedTuple):
@@ -204,19 +199,6 @@ async def purge_key(store: Store, key: bytes, tags: Tags) -> bool:
     was_there = bool(await store.command("DEL", _name(key, tags, generations)))
     await store.command("HINCRBY", GENERATIONS, "memory", 1)  # of no name, but seen
     return was_there
-
-
-async def read_generations(store: Store) -> Generations:
-    """The generations. A store that has forgotten them gets new ones, so that nothing of before is found again.
-
-    Raises:
-        StoreUnavailable: the store does not answer.
-    """
-    generations: Generations = await store.command("HGETALL", GENERATIONS)
-    if b"all" not in generations:
-        await store.command("HSETNX", GENERATIONS, "all", secrets.randbelow(2**48))
-        generations = await store.command("HGETALL", GENERATIONS)
-    return generations
 
 
 def _name(key: bytes, tags: Tags, generations: Generations) -> str:

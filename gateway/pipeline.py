@@ -163,10 +163,13 @@ async def forward(method: Method, request: Any, turn: Turn) -> Any:
         raise told(error) from error
 
 
-async def forward_stream(method: StreamMethod, request: Any, turn: Turn) -> AsyncGenerator[Any, None]:
+async def forward_stream(
+    method: StreamMethod, request: Any, turn: Turn, said: Callable[[Metadata], None] = lambda trailers: None
+) -> AsyncGenerator[Any, None]:
     """Asks a backend, and passes each message on before it takes the next: nothing piles up here.
 
-    `request`: a message, or an iterator of messages where the method takes a stream.
+    `request`: a message, or an iterator of messages where the method takes a stream. `said`: hears the backend's
+    trailers, if the call comes to its end.
 
     Raises:
         ChorusError: the backend's own error, or why there was no answer.
@@ -176,12 +179,14 @@ async def forward_stream(method: StreamMethod, request: Any, turn: Turn) -> Asyn
     try:
         async for message in call:
             yield message
+        said(as_metadata(await call.trailing_metadata()))
     except asyncio.CancelledError:
         # gRPC cancels a call whose requests fail, and keeps the reason to itself.
         if requests is not None and requests.error is not None:
             raise requests.error from None
         raise
     except grpc.aio.AioRpcError as error:
+        said(as_metadata(error.trailing_metadata()))
         raise told(error) from error
     finally:
         call.cancel()

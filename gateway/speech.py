@@ -19,12 +19,21 @@ from audio.frames import SAMPLE_BYTES
 from common import metrics
 from common.encoding import max_reply_seconds, too_long
 from common.errors import ChorusError, NotFound
+from common.generations import Generations
 from common.keys import DEFAULT_VOICE, canonical_text, speech_key
-from common.metadata import CACHE_CONTROL, ONLY_CACHED, text_value
+from common.metadata import (
+    CACHE_CONTROL,
+    INTERNAL_MADE,
+    INTERNAL_SHARING,
+    ONLY_CACHED,
+    Metadata,
+    Sharing,
+    text_value,
+)
 from common.settings import Settings
 from common.spans import restorer
 from common.speech import SpeechMessage, as_field, read_wish
-from gateway.cache import Cache, Generations, Tags
+from gateway.cache import Cache, Tags
 from gateway.estimate import Estimator, Spoken
 from gateway.flights import Flights, Wanted
 from gateway.limiter import Admission
@@ -158,7 +167,7 @@ class Speech:
     async def dialogue(
         self, requests: AsyncIterator[Written], turn: Turn
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeTextResponse, None]:
-        """A text as it is written. Each piece of it is charged as it comes."""
+        """A text as it is written. Each piece of it is charged as it comes: nobody knows yet what will be found."""
         config = tts_pb2.StreamConfig()
 
         async def charged() -> AsyncGenerator[Written, None]:
@@ -172,8 +181,11 @@ class Speech:
                     await turn.admission.hold(self._estimator.seconds(piece))
                 yield request
 
-        with _settled(turn.admission) as meter:
-            async with aclosing(forward_stream(self._backend.StreamSynthesizeText, charged(), turn)) as replies:
+        with _settled(turn.admission, in_parts=True) as meter:
+            forwarded = forward_stream(
+                self._backend.StreamSynthesizeText, charged(), self._sharing(turn), meter.hear_trailers
+            )
+            async with aclosing(forwarded) as replies:
                 async for reply in replies:
                     meter.hear(getattr(reply, reply.WhichOneof("message")))
                     yield reply
@@ -258,6 +270,18 @@ class Speech:
         only = text_value(turn.asked, ONLY_CACHED) not in (None, "", "0", "false") or "only-if-cached" in said
         return Control(look, keep, only)
 
+    def _sharing(self, turn: Turn) -> Turn:
+        """The turn of a text that is being written, which says with whom its segments are shared."""
+        if not self._control(turn).look:
+            return turn
+        sharing: Sharing = "tenant" if self._scope(turn) else "all"
+        return turn.saying((INTERNAL_SHARING, sharing))
+
+    def _scope(self, turn: Turn) -> str:
+        """The tenant, if it shares with nobody."""
+        tenant = self._tenants.get(turn.call.tenant)
+        return tenant.name if tenant.cache_scope == "tenant" else ""
+
     def _wanted(self, request: Spoken, turn: Turn, control: Control) -> tuple[Wanted | None, Tags]:
         """What is asked for, None: nothing that could be found or shared; and by what it is purged."""
         revision = self._revision.current
@@ -275,9 +299,7 @@ class Speech:
     def _key(self, request: Spoken, turn: Turn) -> bytes | None:
         if self._revision.current is None:
             return None
-        tenant = self._tenants.get(turn.call.tenant)
-        scope = tenant.name if tenant.cache_scope == "tenant" else ""
-        return speech_key(request, self._revision.current, scope)
+        return speech_key(request, self._revision.current, self._scope(turn))
 
     def _shareable(self, wanted: Wanted) -> bool:
         return self._flights.running(wanted) or not self._flights.full
@@ -297,9 +319,14 @@ class Speech:
 class _Meter:
     """Hears how much was spoken, and whether for this caller."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_parts: bool) -> None:
+        """`in_parts`: parts of it may be shared; its backend tells in the end how much was made."""
         self.complete = False
+        self._in_parts = in_parts
         self._shared = False
+        self._made: float | None = None
+        self._first_end = 0
+        """The sample after its first part, once that has ended."""
         self._rate = 0
         self._samples = 0
 
@@ -310,7 +337,12 @@ class _Meter:
     @property
     def charged(self) -> float:
         """Seconds that this caller pays for."""
-        return 0.0 if self._shared else self.seconds
+        if self._made is not None:
+            return self._made
+        if not self._shared:
+            return self.seconds
+        # Of what comes in parts it is told of the first only.
+        return (self._samples - self._first_end) / self._rate if self._in_parts and self._first_end else 0.0
 
     def hear(self, message: SpeechMessage) -> None:
         match message:
@@ -318,6 +350,8 @@ class _Meter:
                 self._start(message)
             case tts_pb2.AudioChunk():
                 self._samples = message.start_sample + len(message.data) // SAMPLE_BYTES
+            case tts_pb2.SegmentMark() if not self._first_end:
+                self._first_end = message.end_sample
             case tts_pb2.StreamEnd():
                 self.complete = message.finish_reason == tts_pb2.FINISH_REASON_COMPLETE
 
@@ -328,18 +362,28 @@ class _Meter:
         if self._shared:
             metrics.AUDIO_SECONDS_SAVED.inc(self.seconds)
 
+    def hear_trailers(self, trailers: Metadata) -> None:
+        """What the backend says in the end."""
+        made = text_value(trailers, INTERNAL_MADE)
+        if made is not None:
+            self._made = float(made)
+            metrics.AUDIO_SECONDS_SAVED.inc(max(0.0, self.seconds - self._made))
+
     def _start(self, start: tts_pb2.StreamStart) -> None:
         self._rate = start.format.sample_rate_hertz
-        self._shared = start.cache_status == tts_pb2.CACHE_STATUS_COALESCED
+        self._shared = start.cache_status in (tts_pb2.CACHE_STATUS_COALESCED, tts_pb2.CACHE_STATUS_HIT)
 
 
 @contextmanager
-def _settled(admission: Admission, goes_on: Callable[[], bool] = lambda: False) -> Iterator[_Meter]:
+def _settled(
+    admission: Admission, goes_on: Callable[[], bool] = lambda: False, *, in_parts: bool = False
+) -> Iterator[_Meter]:
     """Charges in the end what was made; nothing where the failure is ours.
 
     `goes_on`: others hear on when its first caller leaves. It stays charged as it was estimated: nobody else pays.
+    `in_parts`: see `_Meter`.
     """
-    meter = _Meter()
+    meter = _Meter(in_parts=in_parts)
     try:
         yield meter
     except BaseException as error:

@@ -28,7 +28,9 @@ from service.directory import Directory
 from service.engines import load_engine
 from service.engines.base import SpeechEngine
 from service.flights import Flights
+from service.segments import Segments
 from service.servicer import Servicer
+from service.speech import revision
 from service.trust import check_listen, tenant_of
 from service.voices import DEFAULT_VOICE
 
@@ -68,14 +70,17 @@ async def serve(settings: Settings) -> None:
     watch_encoders(encoders)
     store = Store("cache", _cache_url(settings), settings.store)
     directory = Directory(store, _advertised(settings.service), settings.flights.kept_seconds)
-    _register(Servicer(settings, engine, runner, encoders, Flights(settings.flights, directory)), server)
+    flights, segments = Flights(settings.flights, directory), Segments(settings, runner, revision(engine))
+    _register(Servicer(settings, engine, runner, encoders, flights, segments), server)
     await server.start(settings.service.listen)
     runner.start()
     await _warm_up(runner, engine)
     await server.set_serving(True)
+    purges = asyncio.create_task(segments.follow_purges(store))
     rarely_needed = asyncio.create_task(asyncio.to_thread(text.warm_up_rare))
     await server.wait_for_drain(settings.service.drain_seconds, settings.service.grace_seconds)
     await rarely_needed
+    purges.cancel()
     died = runner.dead
     await runner.stop()
     await store.close()

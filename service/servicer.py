@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
+from functools import partial
 from importlib.metadata import version
+from typing import get_args
 
 from audio.background import BackgroundEncoder
 from audio.budget import Budget
@@ -17,23 +19,27 @@ from common.encoding import Messages, bounded, collected, encoded, max_reply_sec
 from common.errors import DeadlineExceeded, InvalidArgument, NotFound, Violation, quoted
 from common.metadata import (
     INTERNAL_DEADLINE,
+    INTERNAL_MADE,
     INTERNAL_REVISION,
     INTERNAL_RUN_HERE,
+    INTERNAL_SHARING,
     INTERNAL_SPEECH_KEY,
     ORCA_LOAD,
-    REQUEST_ID,
     Metadata,
+    Sharing,
     as_metadata,
     text_value,
 )
 from common.settings import Settings
 from common.speech import as_field, wire_format
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
+from service.dialogue import Account, in_parts
 from service.engines.base import SpeechEngine
 from service.flights import Deadline, Flights
 from service.load import LoadReporter
 from service.script import Script, WholeText, WrittenText, read_config
-from service.speaking import Terms, rejected_characters, speak
+from service.segments import Listener, Origin, Segments
+from service.speaking import Terms, in_one_request, rejected_characters, speak
 from service.speech import (
     Manner,
     estimate_steps,
@@ -54,6 +60,13 @@ ESTIMATE_MARGIN = 1.25
 
 DEFAULT_PAGE = 100
 
+STATUSES: Mapping[Origin, tts_pb2.CacheStatus.ValueType] = {
+    Origin.MADE: tts_pb2.CACHE_STATUS_MISS,
+    Origin.JOINED: tts_pb2.CACHE_STATUS_COALESCED,
+    Origin.KEPT: tts_pb2.CACHE_STATUS_HIT,
+}
+"""What a caller is told of where its first audio came from."""
+
 
 class Servicer(
     tts_pb2_grpc.TextToSpeechServiceServicer,
@@ -63,10 +76,17 @@ class Servicer(
     """TextToSpeechService, VoiceService and ServerInfoService on one engine."""
 
     def __init__(
-        self, settings: Settings, engine: SpeechEngine, runner: Runner, encoders: Budget, flights: Flights
+        self,
+        settings: Settings,
+        engine: SpeechEngine,
+        runner: Runner,
+        encoders: Budget,
+        flights: Flights,
+        segments: Segments,
     ) -> None:
         self._settings = settings
         self._flights = flights
+        self._segments = segments
         self._revision = revision(engine)
         self._engine = engine
         self._runner = runner
@@ -103,9 +123,8 @@ class Servicer(
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 manner = parse_config(await read_config(request), self._engine)
-                terms = Terms(self._settings.batcher.stream_rows, stream=True)
                 script = WrittenText(request, manner.language, self._settings.limits)
-                plain = self._speak(manner, script, terms, Deadline(deadline, deadline))
+                plain = self._written(manner, script, context, deadline)
                 async with aclosing(script), aclosing(self._encoded(plain, manner, context)) as messages:
                     async for message in messages:
                         yield tts_pb2.StreamSynthesizeTextResponse(**as_field(message))
@@ -189,7 +208,7 @@ class Servicer(
             async with aclosing(encoded(plain, lambda rate: manner.format, encoder)) as messages:
                 async for message in messages:
                     if isinstance(message, tts_pb2.StreamEnd):
-                        context.set_trailing_metadata(((REQUEST_ID, call.request_id), (ORCA_LOAD, self._load.report())))
+                        call.trail(ORCA_LOAD, self._load.report())
                     yield message
 
     async def _flown(self, text: str, manner: Manner, context: Context, terms: Terms) -> Messages:
@@ -227,9 +246,32 @@ class Servicer(
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED") from None
 
+    async def _written(self, manner: Manner, script: Script, context: Context, deadline: float) -> Messages:
+        """A text that is being written, spoken for this caller, or in parts that others may hear too."""
+        call, terms = current_call(), Terms(self._settings.batcher.stream_rows, stream=True)
+        sharing = text_value(as_metadata(context.invocation_metadata()), INTERNAL_SHARING)
+        if sharing not in get_args(Sharing) or not self._segments.room:
+            async with aclosing(self._speak(manner, script, terms, Deadline(deadline, deadline))) as alone:
+                async for message in alone:
+                    yield message
+            return
+        account = Account()
+        listener = Listener(call, call.tenant if sharing == "tenant" else "", deadline)
+        begin = partial(in_parts, self._segments, listener, account)
+        try:
+            async with aclosing(speak(begin, self._engine, manner, script, call)) as messages:
+                async for message in messages:
+                    if isinstance(message, tts_pb2.StreamStart) and account.first is not None:
+                        message.cache_status = STATUSES[account.first]
+                    yield message
+        finally:
+            call.facts["shared_segments"] = account.shared
+            call.trail(INTERNAL_MADE, f"{account.made_seconds:.3f}")
+
     async def _speak(self, manner: Manner, script: Script, terms: Terms, deadline: Deadline) -> Messages:
         call = current_call()
-        async with aclosing(speak(self._runner, self._engine, manner, script, call, terms, deadline)) as messages:
+        begin = partial(in_one_request, self._runner, call, terms, deadline)
+        async with aclosing(speak(begin, self._engine, manner, script, call)) as messages:
             async for message in messages:
                 yield message
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 from audio.formats import Codec, Container, Format
 from audio.frames import SAMPLE_BYTES
@@ -21,7 +22,7 @@ from batcher.errors import (
     RowFailedError,
     StoppedError,
 )
-from batcher.request import Audio, Priority, RequestEnded, RequestFailed, SegmentEnded
+from batcher.request import Audio, Event, Priority, RequestEnded, RequestFailed, SegmentEnded
 from batcher.runner import Runner, Speaking
 from common import metrics
 from common.calls import Call
@@ -54,6 +55,34 @@ FINISH_REASONS = {
 }
 
 
+class Spoken(Protocol):
+    """Rows that are being spoken, one after the other: a request of the batcher's, or what takes the place of one."""
+
+    async def get(self) -> Event:
+        """Takes the next event, waiting for it."""
+        ...
+
+    def extend(self, segments: Sequence[Segment]) -> None:
+        """Adds segments."""
+        ...
+
+    def close(self) -> None:
+        """Says that no segments will be added."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Ends the events with RequestFailed, at once."""
+        ...
+
+    async def room(self, segments: int) -> None:
+        """Waits until fewer segments than that are yet to be heard."""
+        ...
+
+
+Begin: TypeAlias = Callable[[Sequence[Segment], bool], AbstractAsyncContextManager[Spoken]]
+"""Begins to speak rows. The flag: these are all. Leaving it cancels."""
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What a call allows its speech."""
@@ -65,13 +94,7 @@ class Terms:
 
 
 async def speak(
-    runner: Runner,
-    engine: SpeechEngine,
-    manner: Manner,
-    script: Script,
-    call: Call,
-    terms: Terms,
-    deadline: Deadline,
+    begin: Begin, engine: SpeechEngine, manner: Manner, script: Script, call: Call
 ) -> AsyncGenerator[SpeechMessage, None]:
     """Speaks in RAW PCM_S16LE: one start, then chunks and marks in order, then one end. Closing it cancels.
 
@@ -83,21 +106,7 @@ async def speak(
         rows = teller.cast(await script.more())
         if not rows:
             raise _silent()
-        async with (
-            runner.speak(
-                rows,
-                max_rows=terms.max_rows,
-                deadline=deadline.admission,
-                tenant=call.tenant,
-                priority=Priority(call.priority),
-                stream=terms.stream,
-                closed=script.done,
-                expected_steps=terms.expected_steps,
-            ) as speaking,
-            _fed(speaking, script, teller),
-        ):
-            deadline.told = speaking.allow
-            speaking.allow(deadline.at)
+        async with begin(rows, script.done) as speaking, _fed(speaking, script, teller):
             async for message in _messages(speaking, teller):
                 yield message
     except BargeIn:
@@ -106,7 +115,27 @@ async def speak(
         raise told(error) from error
 
 
-async def _messages(speaking: Speaking, teller: _Teller) -> AsyncGenerator[SpeechMessage, None]:
+@asynccontextmanager
+async def in_one_request(
+    runner: Runner, call: Call, terms: Terms, deadline: Deadline, rows: Sequence[Segment], closed: bool
+) -> AsyncIterator[Speaking]:
+    """Begins to speak rows as one request of the batcher's."""
+    async with runner.speak(
+        rows,
+        max_rows=terms.max_rows,
+        deadline=deadline.admission,
+        tenant=call.tenant,
+        priority=Priority(call.priority),
+        stream=terms.stream,
+        closed=closed,
+        expected_steps=terms.expected_steps,
+    ) as speaking:
+        deadline.told = speaking.allow
+        speaking.allow(deadline.at)
+        yield speaking
+
+
+async def _messages(speaking: Spoken, teller: _Teller) -> AsyncGenerator[SpeechMessage, None]:
     """The batcher's events as messages of the stream."""
     while True:
         event = await speaking.get()
@@ -128,7 +157,7 @@ async def _messages(speaking: Speaking, teller: _Teller) -> AsyncGenerator[Speec
 
 
 @asynccontextmanager
-async def _fed(speaking: Speaking, script: Script, teller: _Teller) -> AsyncIterator[None]:
+async def _fed(speaking: Spoken, script: Script, teller: _Teller) -> AsyncIterator[None]:
     """Adds the rest of the script while the first of it is heard."""
     feeding = None if script.done else asyncio.create_task(_feed(speaking, script, teller))
     try:
@@ -138,7 +167,7 @@ async def _fed(speaking: Speaking, script: Script, teller: _Teller) -> AsyncIter
             feeding.cancel()
 
 
-async def _feed(speaking: Speaking, script: Script, teller: _Teller) -> None:
+async def _feed(speaking: Spoken, script: Script, teller: _Teller) -> None:
     try:
         while not script.done:
             await speaking.room(MAX_AHEAD)

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.keys import canonical_text, derived_seed, speech_key
+from common.lru import Lru
 from common.objects import Objects
 from common.settings import CacheSettings, StoreSettings
 from common.spans import restorer
 from common.store import Store
 from gateway.cache import Cache, Tags, purge, purge_key
-from gateway.lru import Lru
 from gateway.masters import Master, gathered
 from protos.chorus.v1 import tts_pb2
 from tests.stack import free_port

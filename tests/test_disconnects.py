@@ -28,6 +28,7 @@ LEFTOVERS = (
     "chorus_batcher_work_audio_seconds",
     "chorus_calls_active",
     "chorus_flights_open",  # they linger for a moment
+    "chorus_segments_open",
 )
 
 

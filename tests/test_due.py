@@ -65,6 +65,45 @@ def test_a_stream_with_audio_to_spare_lets_new_ones_pass() -> None:
     assert order(world) == [0, 2, 1]
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 0.9])
+def test_what_goes_on_from_audio_comes_when_a_later_row_of_the_same_stream_would(seconds: float) -> None:
+    """A row that begins `seconds` before the audio before it ends, as a row and as a request of its own."""
+
+    def come(apart: bool) -> list[int]:
+        world = one_seat(reserve=0.5)
+        speaking = world.say(30, stream=True, closed=apart)
+        until_end = 30 - round(seconds / STEP)
+        world.ticks(until_end)
+        (row,) = world.engine.segments(5)
+        if apart:
+            world.submit([row], stream=True, heard_from=world.clock.now + seconds)
+        else:
+            world.extend(speaking, [row])
+            world.close(speaking)
+        for _ in range(2):
+            world.say(5, stream=True)
+        world.drain()
+        return order(world, 1)
+
+    assert come(apart=True) == come(apart=False)
+
+
+def test_what_is_needed_sooner_than_was_said_comes_sooner() -> None:
+    world = one_seat(reserve=0.5)
+    world.say(10)
+    world.tick()
+    later = world.say(5, stream=True, heard_from=world.clock.now + 9.0)
+    world.say(5, stream=True)
+    request = world.requests[later]
+    world.scheduler.need(request, world.clock.now + 9.5)
+    assert request.playback_started == world.clock.now + 9.0
+    world.scheduler.need(request, world.clock.now)
+    world.drain()
+    assert order(world, 1) == [1, 2]
+    world.scheduler.need(request, 0.0)  # it is over, and nothing happens
+    check_nothing_is_left(world)
+
+
 def test_the_nearest_deadline_comes_first() -> None:
     world = one_seat()
     world.say(5)

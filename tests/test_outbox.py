@@ -112,3 +112,15 @@ async def test_a_reader_that_gives_up_waiting_loses_nothing(put_first: bool) -> 
     if not put_first:
         outbox.put(END)
     assert await outbox.get() == END
+
+
+async def test_a_held_reader_has_no_credit_until_it_is_released() -> None:
+    outbox, wakes = make_outbox(window=10)
+    held = Outbox(10, wakes, held=True)
+    wakes.outbox = held
+    assert (held.samples, outbox.samples) == (0, 10)
+    held.starved = True
+    held.release()
+    assert wakes.credits == [10]  # the credit is there when the scheduler is woken
+    held.release()
+    assert wakes.credits == [10]

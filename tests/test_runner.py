@@ -339,6 +339,25 @@ async def test_an_open_request_takes_segments_until_it_is_closed() -> None:
     check_nothing_is_left(runner, engine)
 
 
+async def test_what_goes_on_from_other_audio_is_made_when_it_is_released() -> None:
+    engine = VirtualEngine()
+    segments = engine.segments(3)
+    listener = Listener(engine, segments)
+    async with (
+        running(engine) as runner,
+        runner.speak(segments, max_rows=1, stream=True, heard_from=runner.now() + 9.0) as speaking,
+    ):
+        await until(lambda: runner.stats().parked == 1)
+        reading = asyncio.create_task(speaking.get())
+        await asyncio.sleep(0)
+        assert not reading.done()
+        speaking.release()
+        listener.put(await reading)
+        while not listener.over:
+            listener.put(await speaking.get())
+    check_nothing_is_left(runner, engine)
+
+
 async def test_closing_does_not_overtake_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = VirtualEngine()
     async with running(engine) as runner:

@@ -519,6 +519,56 @@ def test_a_full_queue_refuses_and_tells_when_there_will_be_room() -> None:
     assert world.say(60)
 
 
+def test_what_goes_on_from_audio_comes_into_a_full_queue_and_is_neither_displaced_nor_given_up() -> None:
+    world = slow_world(max_delay=2.0, max_waiting=3, first_audio_limit=1.0)
+    running = [world.say(60, tenant="greedy"), world.say(40, tenant="greedy")]
+    world.tick()
+    later = [world.say(5, stream=True, heard_from=world.clock.now + n, tenant="greedy") for n in (3.0, 4.0)]
+    with pytest.raises(QueueFullError):
+        world.say(60, stream=True, tenant="greedy")
+    with pytest.raises(QueueFullError):
+        world.say(60, stream=True, tenant="modest")  # nobody fresh is waiting who could go instead
+    world.drain()
+    assert all(listener.ended for listener in (*running, *later))
+    assert [listener.ended.queue_seconds for listener in later if listener.ended] == [0.0, 0.0]
+    assert world.scheduler.counters.underruns == 0
+    check_nothing_is_left(world)
+
+
+def test_room_can_be_asked_for_without_taking_it() -> None:
+    world = slow_world(max_delay=2.0)
+
+    def has_room(steps: int) -> bool:
+        segments = world.engine.segments(steps)
+        listener = Listener(world.engine, segments)
+        return world.scheduler.has_room(Request(segments, listener, 1, stream=True))
+
+    assert has_room(60)
+    world.say(60)
+    assert [has_room(60), has_room(60), has_room(20)] == [False, False, True]
+    assert world.scheduler.counters.refused["full"] == 0
+    assert (world.scheduler.requests, world.scheduler.counters.submitted) == (1, 1)
+    world.drain()
+    check_nothing_is_left(world)
+
+
+def test_what_is_held_makes_its_steps_and_no_samples() -> None:
+    world = World(VirtualEngine())
+    held = world.say(5, stream=True, heard_from=1.0, window=0)
+    heard = world.say(50, stream=True)
+    world.ticks(8)
+    assert (held.received, world.scheduler.rows, world.scheduler.parked) == (0, 1, 1)
+    world.engine.faults.append(EngineBrokenError())
+    world.ticks(8)  # nothing of it was heard: it begins anew
+    assert heard.error
+    assert (held.error, held.received, world.scheduler.parked) == (None, 0, 1)
+    held.window = 1_000_000
+    held.wake()
+    world.drain()
+    assert held.ended
+    check_nothing_is_left(world)
+
+
 def test_an_idle_engine_takes_a_request_larger_than_its_room() -> None:
     assert slow_world(max_delay=0.1).say(500)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from functools import partial
 
 from batcher.policy import Policy
 from batcher.runner import Runner
@@ -12,7 +13,7 @@ from common.settings import ToneSettings
 from protos.chorus.v1 import tts_pb2
 from service.engines.tone import ToneEngine
 from service.flights import Deadline
-from service.speaking import MAX_AHEAD, Terms, speak
+from service.speaking import MAX_AHEAD, Terms, in_one_request, speak
 from service.speech import parse_config
 from service.text import TextSegment
 
@@ -50,7 +51,9 @@ async def test_of_what_was_heard_nothing_is_kept() -> None:
     manner = parse_config(tts_pb2.StreamConfig(), engine)
     terms = Terms(max_rows=2, stream=True)
     end = time.monotonic() + 60
-    messages = speak(runner, engine, manner, script, Call("", ""), terms, Deadline(end, end))
+    call = Call("", "")
+    begin = partial(in_one_request, runner, call, terms, Deadline(end, end))
+    messages = speak(begin, engine, manner, script, call)
     marks = 0
     async for message in messages:
         if isinstance(message, tts_pb2.SegmentMark):

@@ -1,0 +1,253 @@
+"""Single flight for texts that are spoken while they are written: each segment is made once for all who say the same.
+
+Nobody knows such a text when it begins, so it has no key; each of its segments has one, once it is written. What is
+made is a flight of one row. It is heard while it is made, and when it has ended it is kept for those who say it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias
+
+from audio.frames import SAMPLE_BYTES
+from batcher.engine import EndReason, Segment
+from batcher.errors import BatcherError, QueueFullError
+from batcher.request import Audio, Event, Priority, RequestEnded, RequestFailed
+from batcher.runner import Runner, Speaking
+from common import metrics
+from common.calls import Call
+from common.generations import GENERATION_SECONDS, read_generations
+from common.keys import flight_names, segment_key
+from common.lru import Lru
+from common.settings import Settings
+from common.store import Store, StoreUnavailable
+from common.tape import Tape
+from service.speaking import told
+
+OVERHEAD_BYTES = 2048
+"""What a kept segment takes beside its audio."""
+
+
+class Origin(Enum):
+    """Where a segment's audio comes from."""
+
+    MADE = "made"
+    """It is made for the one who asks."""
+    JOINED = "joined"
+    """It is being made for another."""
+    KEPT = "kept"
+    """It was made before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The batcher takes the segment: the first thing that is heard of one that is made."""
+
+
+FlightEvent: TypeAlias = Admitted | Event
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Somebody for whom segments are spoken."""
+
+    call: Call
+    scope: str
+    """Who may share them with it."""
+    deadline: float
+    """Until when it waits, on the runner's clock."""
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """A segment that is being made, or was."""
+
+    heard_from: float | None
+    """When the first who needs it does, on the runner's clock; None: none of them was let in before."""
+    deadline: float
+    """Of the one who waits longest."""
+    released: bool = False
+    """All that comes before it is there, for one at least: its samples are wanted."""
+    speaking: Speaking | None = None
+    """While it is in the batcher."""
+    needed: asyncio.Event = field(default_factory=asyncio.Event)
+    """By somebody who was let in."""
+    tape: Tape[FlightEvent] = field(init=False)
+
+    @property
+    def samples(self) -> int:
+        """Those that are there."""
+        return self.tape.bytes // SAMPLE_BYTES
+
+    def begin(self, speaking: Speaking) -> None:
+        """It is in the batcher, and its turn may have come on its way there."""
+        self.speaking = speaking
+        if self.released:
+            speaking.release()
+
+    def release(self) -> None:
+        """Its samples are wanted now."""
+        if not self.released:
+            self.released = True
+            if self.speaking is not None:
+                self.speaking.release()
+
+    def need(self, heard_from: float) -> None:
+        """Somebody who was let in needs it then."""
+        if self.heard_from is None or heard_from < self.heard_from:
+            self.heard_from = heard_from
+            self.needed.set()
+            if self.speaking is not None:
+                self.speaking.need(heard_from)
+
+    async def wait(self, seconds: float) -> None:
+        """Waits for room so long, or until somebody needs it who was let in."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.needed.wait()
+
+    def extend(self, deadline: float) -> None:
+        """Somebody waits so long."""
+        if deadline > self.deadline:
+            self.deadline = deadline
+            if self.speaking is not None:
+                self.speaking.allow(deadline)
+
+
+class Segments:
+    """All segments of a service that are shared."""
+
+    def __init__(self, settings: Settings, runner: Runner, revision: str) -> None:
+        """`revision`: of what the runner's engine speaks."""
+        self.runner = runner
+        self.batching = settings.batcher
+        self._most_bytes = settings.flights.bytes
+        self._revision = revision
+        self._flights: dict[str, Flight] = {}
+        cache = settings.cache
+        self._kept: Lru[str, Flight] = Lru(cache.segment_bytes if cache.enabled else 0, cache.seconds, runner.now)
+        self._purges = 0
+        metrics.SEGMENTS_OPEN.set_function(lambda: len(self._flights))
+        metrics.SEGMENT_BYTES.set_function(lambda: self.bytes)
+        metrics.SEGMENT_KEPT_BYTES.set_function(lambda: self._kept.bytes)
+
+    @property
+    def bytes(self) -> int:
+        """Of all that are being made."""
+        # Metrics are read on another thread, while flights come and go.
+        return sum(flight.tape.bytes for flight in tuple(self._flights.values()))
+
+    @property
+    def room(self) -> bool:
+        """Whether one more text may share its segments."""
+        return self.bytes < self._most_bytes
+
+    def find(self, segment: Segment, listener: Listener, heard_from: float | None) -> tuple[Flight, Origin]:
+        """The flight of a segment, which is to be followed at once, and what it is for the one who asks.
+
+        `heard_from`: when that one will need it, on the runner's clock; None: it was not let in yet.
+        """
+        key = segment_key(segment, self._revision, listener.scope)
+        names = flight_names(key, listener.call.priority)
+        for name in names:
+            flight = self._flights.get(name)
+            if flight is not None and flight.tape.joinable:
+                flight.extend(listener.deadline)
+                if heard_from is not None:
+                    flight.need(heard_from)
+                return flight, Origin.JOINED
+        if (kept := self._kept.get(key)) is not None:
+            return kept, Origin.KEPT
+        flight = Flight(heard_from, listener.deadline)
+        self._start(key, names[-1], flight, self._made(segment, listener.call, flight))
+        return flight, Origin.MADE
+
+    def forget(self) -> None:
+        """Keeps nothing of what was begun until now."""
+        self._purges += 1
+        self._kept.clear()
+
+    async def follow_purges(self, store: Store) -> None:
+        """Forgets when the cache is purged, until cancelled."""
+        seen = None
+        while True:
+            if store.worth_asking:
+                with suppress(StoreUnavailable):
+                    generations = await read_generations(store)
+                    if generations != seen and seen is not None:
+                        self.forget()
+                    seen = generations
+            await asyncio.sleep(GENERATION_SECONDS)
+
+    def _start(self, key: str, name: str, flight: Flight, events: AsyncGenerator[FlightEvent, None]) -> None:
+        purges = self._purges
+
+        def done(tape: Tape[FlightEvent]) -> None:
+            if self._flights.get(name) is flight:
+                del self._flights[name]
+            if tape.complete and _is_whole(tape) and purges == self._purges:
+                self._kept.put(key, flight, tape.bytes + OVERHEAD_BYTES)
+
+        flight.tape = Tape(events, size=_size, done=done)
+        self._flights[name] = flight
+
+    async def _made(self, segment: Segment, call: Call, flight: Flight) -> AsyncGenerator[FlightEvent, None]:
+        """A segment's events while it is made.
+
+        Raises:
+            ChorusError: what became of it instead.
+        """
+        # Who has heard something already is not sent away at once.
+        patience = self.batching.first_audio_limit if segment.index else 0.0
+        give_up = self.runner.now() + patience
+        while True:
+            try:
+                async with aclosing(self._spoken(segment, call, flight)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except QueueFullError as refusal:
+                left = give_up - self.runner.now()
+                if left <= 0:
+                    raise told(refusal) from refusal
+                await flight.wait(min(left, refusal.retry_after))
+            except BatcherError as error:
+                raise told(error) from error
+
+    async def _spoken(self, segment: Segment, call: Call, flight: Flight) -> AsyncGenerator[FlightEvent, None]:
+        """The same once, with the batcher's own errors."""
+        async with self.runner.speak(
+            [segment],
+            max_rows=1,
+            deadline=flight.deadline,
+            tenant=call.tenant,
+            priority=Priority(call.priority),
+            stream=True,
+            heard_from=flight.heard_from,
+        ) as speaking:
+            flight.begin(speaking)
+            try:
+                yield Admitted()
+                while True:
+                    event = await speaking.get()
+                    if isinstance(event, RequestFailed):
+                        raise event.error
+                    yield event
+                    if isinstance(event, RequestEnded):
+                        return
+            finally:
+                flight.speaking = None
+
+
+def _is_whole(tape: Tape[FlightEvent]) -> bool:
+    """Whether it came to its end by itself: what met a cap is shared, and not kept."""
+    end = tape.messages[-1]
+    return isinstance(end, RequestEnded) and end.reason is EndReason.COMPLETE
+
+
+def _size(event: FlightEvent) -> int:
+    return len(event.data) if isinstance(event, Audio) else 0
