@@ -136,7 +136,7 @@ rows = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(rows, min_size=1, max_size=5))
 def test_any_cut_of_any_rows_gives_the_same_samples(stress: Pair, rows: list[Row]) -> None:
     hidden = [stress.hidden(sum(row.chunks), seed) for seed, row in enumerate(rows)]

@@ -89,7 +89,7 @@ def measure_vocoder(vocoder: Vocoder, hidden_size: int, device: torch.device, ro
 
 
 def most_vocoded(slots: int) -> int:
-    """Rows that are vocoded at once. A block is 24 steps: a 24th of all rows has its turn at each, and some catch up."""
+    """Rows that are vocoded at once: with blocks of 24 steps, a 24th of all has its turn at each, and some catch up."""
     return max(1, slots // 8)
 
 
