@@ -7,11 +7,13 @@ was paused may find that another has taken over; then both speak, each for its o
 from __future__ import annotations
 
 import asyncio
+import socket
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager, suppress
 
 from common.errors import Aborted
+from common.settings import ServiceSettings
 from common.speech import SpeechMessage
 from common.store import Script, Store, StoreUnavailable
 
@@ -109,3 +111,10 @@ class Directory:
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
+
+
+def advertised(service: ServiceSettings) -> str:
+    """Where gateways reach this service: by its host's name, where it listens on every address."""
+    host, _, port = service.listen.rpartition(":")
+    everywhere = host.strip("[]") in ("0.0.0.0", "::")  # noqa: S104 (it is only compared)
+    return service.advertise or (f"{socket.gethostname()}:{port}" if everywhere else service.listen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from dataclasses import fields
 from functools import partial
@@ -20,11 +19,11 @@ from common.logs import logger, set_up_logs
 from common.metadata import Metadata
 from common.metrics import ENGINE_ERRORS, BatcherObserver, serve_metrics, watch_batcher, watch_encoders
 from common.server import Server, run
-from common.settings import BatcherSettings, ServiceSettings, Settings
+from common.settings import BatcherSettings, Settings
 from common.store import Store
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 from service import text
-from service.directory import Directory
+from service.directory import Directory, advertised
 from service.engines import load_engine
 from service.engines.base import SpeechEngine
 from service.flights import Flights
@@ -69,7 +68,7 @@ async def serve(settings: Settings) -> None:
     encoders = Budget(settings.limits.encoder_load, CORES)
     watch_encoders(encoders)
     store = Store("cache", _cache_url(settings), settings.store)
-    directory = Directory(store, _advertised(settings.service), settings.flights.kept_seconds)
+    directory = Directory(store, advertised(settings.service), settings.flights.kept_seconds)
     flights, segments = Flights(settings.flights, directory), Segments(settings, runner, revision(engine))
     _register(Servicer(settings, engine, runner, encoders, flights, segments), server)
     await server.start(settings.service.listen)
@@ -109,13 +108,6 @@ def _register(servicer: Servicer, server: Server) -> None:
     tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(servicer, server.grpc)
     tts_pb2_grpc.add_VoiceServiceServicer_to_server(servicer, server.grpc)
     tts_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicer, server.grpc)
-
-
-def _advertised(service: ServiceSettings) -> str:
-    """Where gateways reach this service: by its host's name, where it listens on every address."""
-    host, _, port = service.listen.rpartition(":")
-    everywhere = host.strip("[]") in ("0.0.0.0", "::")  # noqa: S104 (it is only compared)
-    return service.advertise or (f"{socket.gethostname()}:{port}" if everywhere else service.listen)
 
 
 def _cache_url(settings: Settings) -> str | None:

@@ -34,6 +34,7 @@ from common.settings import Settings
 from common.speech import as_field, wire_format
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 from service.dialogue import Account, in_parts
+from service.directory import advertised
 from service.engines.base import SpeechEngine
 from service.flights import Deadline, Flights
 from service.load import LoadReporter
@@ -85,6 +86,7 @@ class Servicer(
         segments: Segments,
     ) -> None:
         self._settings = settings
+        self._name = advertised(settings.service)
         self._flights = flights
         self._segments = segments
         self._revision = revision(engine)
@@ -208,6 +210,7 @@ class Servicer(
             async with aclosing(encoded(plain, lambda rate: manner.format, encoder)) as messages:
                 async for message in messages:
                     if isinstance(message, tts_pb2.StreamEnd):
+                        message.timings.backend = self._name
                         call.trail(ORCA_LOAD, self._load.report())
                     yield message
 

@@ -714,6 +714,7 @@ class Timings(_message.Message):
     FIRST_AUDIO_MS_FIELD_NUMBER: _builtins.int
     TOTAL_MS_FIELD_NUMBER: _builtins.int
     BATCH_ROWS_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
     queue_ms: _builtins.float
     """Until the first segment got its place in the batch."""
     first_audio_ms: _builtins.float
@@ -722,6 +723,8 @@ class Timings(_message.Message):
     """Until all was done."""
     batch_rows: _builtins.int
     """The most rows that the engine's batch had when a segment of this speech joined it, that one included."""
+    backend: _builtins.str
+    """The service that made it, as gateways know it. Empty: none did, it was there."""
     def __init__(
         self,
         *,
@@ -729,10 +732,11 @@ class Timings(_message.Message):
         first_audio_ms: _builtins.float = ...,
         total_ms: _builtins.float = ...,
         batch_rows: _builtins.int = ...,
+        backend: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_rows", b"batch_rows", "first_audio_ms", b"first_audio_ms", "queue_ms", b"queue_ms", "total_ms", b"total_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "batch_rows", b"batch_rows", "first_audio_ms", b"first_audio_ms", "queue_ms", b"queue_ms", "total_ms", b"total_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
