@@ -21,7 +21,6 @@ from common.metadata import (
     INTERNAL_RUN_HERE,
     INTERNAL_SPEECH_KEY,
     ORCA_LOAD,
-    REQUEST_ID,
     Metadata,
     as_metadata,
     text_value,
@@ -81,7 +80,7 @@ class Servicer(
         rows = self._settings.batcher.unary_rows
         plain = self._flown(request.text, manner, context, Terms(rows, stream=False, expected_steps=steps))
         bounded_plain = bounded(plain, self._settings.limits)
-        return await collected(self._encoded(bounded_plain, manner, context), self._settings.limits)
+        return await collected(self._encoded(bounded_plain, manner), self._settings.limits)
 
     async def StreamSynthesize(
         self, request: tts_pb2.StreamSynthesizeRequest, context: Context
@@ -91,7 +90,7 @@ class Servicer(
         steps = estimate_steps(request.text, manner, self._engine)
         rows = self._settings.batcher.stream_rows
         plain = self._flown(request.text, manner, context, Terms(rows, stream=True, expected_steps=steps))
-        async with aclosing(self._encoded(plain, manner, context)) as messages:
+        async with aclosing(self._encoded(plain, manner)) as messages:
             async for message in messages:
                 yield tts_pb2.StreamSynthesizeResponse(**as_field(message))
 
@@ -106,7 +105,7 @@ class Servicer(
                 terms = Terms(self._settings.batcher.stream_rows, stream=True)
                 script = WrittenText(request, manner.language, self._settings.limits)
                 plain = self._speak(manner, script, terms, Deadline(deadline, deadline))
-                async with aclosing(script), aclosing(self._encoded(plain, manner, context)) as messages:
+                async with aclosing(script), aclosing(self._encoded(plain, manner)) as messages:
                     async for message in messages:
                         yield tts_pb2.StreamSynthesizeTextResponse(**as_field(message))
         except TimeoutError:
@@ -180,7 +179,7 @@ class Servicer(
             formats=[wire_format(resolve(container, codec, 0, rate)) for container, codec in SERVED],
         )
 
-    async def _encoded(self, plain: Messages, manner: Manner, context: Context) -> Messages:
+    async def _encoded(self, plain: Messages, manner: Manner) -> Messages:
         """A speech in its caller's format. It does not begin before there is room to encode it."""
         call = current_call()
         self._load.count_call()
@@ -189,7 +188,7 @@ class Servicer(
             async with aclosing(encoded(plain, lambda rate: manner.format, encoder)) as messages:
                 async for message in messages:
                     if isinstance(message, tts_pb2.StreamEnd):
-                        context.set_trailing_metadata(((REQUEST_ID, call.request_id), (ORCA_LOAD, self._load.report())))
+                        call.trail(ORCA_LOAD, self._load.report())
                     yield message
 
     async def _flown(self, text: str, manner: Manner, context: Context, terms: Terms) -> Messages:
