@@ -108,7 +108,7 @@ class Idempotency:
                 return message
         raise AssertionError("a unary call has a message")
 
-    async def stream(
+    def stream(
         self, keyed: Keyed | None, kind: type[M], make: Callable[[], AsyncGenerator[M, None]]
     ) -> AsyncGenerator[M, None]:
         """A call with several messages. `kind`: of message. `make`: runs it; called at most once.
@@ -118,10 +118,7 @@ class Idempotency:
             Aborted: it runs elsewhere, and does not end in time.
             ChorusError: what `make` raised, now or when it was run.
         """
-        messages = make() if keyed is None else self._keyed(keyed, kind, make)
-        async with aclosing(messages):
-            async for message in messages:
-                yield message
+        return make() if keyed is None else self._keyed(keyed, kind, make)
 
     async def run(self) -> None:
         """Forgets what is old, now and then, until cancelled."""

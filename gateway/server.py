@@ -106,7 +106,7 @@ async def open_stores(settings: Settings) -> AsyncIterator[tuple[Store, Store]]:
 def _revision(settings: Settings, channel: grpc.aio.Channel) -> Revision:
     """What the backends announce."""
     info: tts_pb2_grpc.ServerInfoServiceAsyncStub = tts_pb2_grpc.ServerInfoServiceStub(channel)
-    metadata = internal_metadata(settings, "gateway")
+    metadata = internal_metadata(settings.secret, "gateway")
     return Revision(lambda: info.GetServerInfo(tts_pb2.GetServerInfoRequest(), metadata=metadata))
 
 
