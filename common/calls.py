@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
+from operator import methodcaller
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -147,7 +148,7 @@ class CallFrame(grpc.aio.ServerInterceptor):
         return make(
             answer,
             request_deserializer=_careful(handler.request_deserializer),
-            response_serializer=handler.response_serializer,
+            response_serializer=handler.response_serializer and methodcaller("SerializeToString"),
         )
 
     def _begin(self, method: str, context: Context) -> Call:

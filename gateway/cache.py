@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from common import metrics
 from common.logs import logger
@@ -21,8 +21,7 @@ from common.objects import Objects
 from common.settings import CacheSettings
 from common.store import Store, StoreUnavailable
 from gateway.lru import Lru
-from gateway.masters import Master
-from protos.chorus.v1 import tts_pb2
+from gateway.masters import Master, Whole
 
 GENERATIONS = "cache:generations"
 GENERATION_SECONDS = 1.0
@@ -38,6 +37,8 @@ _INLINE, _POINTER = b"i", b"p"
 
 
 Generations: TypeAlias = dict[bytes, bytes]
+FormName: TypeAlias = tuple[bytes, bytes]
+"""A speech's key and a format."""
 
 
 class Tags(NamedTuple):
@@ -58,7 +59,7 @@ class Cache:
         self._settings = settings
         forms = settings.memory_bytes // FORMS_SHARE
         self._masters: Lru[bytes, Master] = Lru(settings.memory_bytes - forms, settings.seconds, clock)
-        self._forms: Lru[tuple[bytes, bytes], Any] = Lru(forms, settings.seconds, clock)
+        self._forms: Lru[FormName, Whole] = Lru(forms, settings.seconds, clock)
         self.generations: Generations = {}
         """As far as is known; another object whenever the cache was purged."""
         self._lookups: dict[bytes, asyncio.Task[Master | None]] = {}
@@ -107,14 +108,13 @@ class Cache:
         self._puts.add(task)
         task.add_done_callback(self._puts.discard)
 
-    def form(self, key: bytes, format: bytes) -> tts_pb2.SynthesizeResponse | None:
+    def form(self, name: FormName) -> Whole | None:
         """A speech in memory in another format, as a reply that may not be changed."""
-        form: tts_pb2.SynthesizeResponse | None = self._forms.get((key, format))
-        return form
+        return self._forms.get(name)
 
-    def put_form(self, key: bytes, format: bytes, form: tts_pb2.SynthesizeResponse) -> None:
+    def put_form(self, name: FormName, form: Whole) -> None:
         """Keeps a speech in another format in memory, for as long as it is asked for."""
-        self._forms.put((key, format), form, len(form.audio) + 1024)
+        self._forms.put(name, form, form.audio_bytes + 1024)
 
     async def run(self) -> None:
         """Sees when the cache is purged, and sweeps, until cancelled."""
@@ -151,7 +151,7 @@ class Cache:
             value = await self._store.command("GET", name)
             if value is None:
                 return None
-            data: bytes | None = value[1:]
+            data: bytes | memoryview | None = memoryview(value)[1:]
             if value[:1] == _POINTER:
                 data = await self._objects.get(value[1:].decode())
         except StoreUnavailable:
