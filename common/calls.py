@@ -7,7 +7,7 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from contextvars import ContextVar
 from operator import methodcaller
 from typing import Any, NoReturn, TypeAlias
@@ -257,6 +257,7 @@ async def _refuse(call: Call, context: Context, error: ChorusError) -> NoReturn:
         raise asyncio.CancelledError from None
 
 
+_LATE = "no message came"
 _GARBAGE = object()
 """Stands for a request whose bytes are no message of its type."""
 
@@ -272,18 +273,27 @@ def _careful(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], An
 
 
 async def _only(requests: AsyncIterator[Any], context: Context) -> Any:
-    """The message of a unary request. It is read from the context, which saves the iterator.
+    """The message of a unary request. It is read from the context, which saves an iterator.
 
     Raises:
         Unimplemented: there is none; the code that gRPC's documentation names for a wrong number of messages.
         Internal: it cannot be parsed; likewise.
     """
-    with suppress(TimeoutError):
-        async with asyncio.timeout(RECEIVE_SECONDS):
-            request = await context.read()
-            if request is not grpc.aio.EOF:
-                return _no_garbage(request)
-    raise Unimplemented("this method takes one message, and none came", "MESSAGE_MISSING")
+    task = asyncio.current_task()
+    assert task is not None
+    # As asyncio.timeout does it, at a third of its cost: each call waits here, and next to none for long.
+    late = asyncio.get_running_loop().call_later(RECEIVE_SECONDS, task.cancel, _LATE)
+    try:
+        request = await context.read()
+    except asyncio.CancelledError as error:
+        if error.args != (_LATE,) or task.uncancel():
+            raise
+        request = grpc.aio.EOF
+    finally:
+        late.cancel()
+    if request is grpc.aio.EOF:
+        raise Unimplemented("this method takes one message, and none came", "MESSAGE_MISSING")
+    return _no_garbage(request)
 
 
 async def _checked(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from datetime import UTC, datetime
 from functools import partial
 
 import orjson
@@ -13,7 +14,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from common.settings import LogSettings
 
 _LOG: structlog.typing.FilteringBoundLogger = structlog.get_logger()
-"""One for all: each that `get_logger` gives would be assembled again at its first event."""
+"""One for all. What `get_logger` gives is assembled at its first event, and looks at each whether it was."""
 
 
 def set_up_logs(settings: LogSettings, process: str) -> None:
@@ -22,7 +23,7 @@ def set_up_logs(settings: LogSettings, process: str) -> None:
     shared: list[Processor] = [
         partial(_name_process, process),
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.TimeStamper(fmt="iso", utc=True) if for_people else _stamp,
         structlog.processors.format_exc_info,
     ]
     level = getattr(logging, settings.level.upper())
@@ -34,6 +35,8 @@ def set_up_logs(settings: LogSettings, process: str) -> None:
         ),
         cache_logger_on_first_use=True,
     )
+    global _LOG
+    _LOG = structlog.get_logger().bind()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -52,11 +55,17 @@ def logger() -> structlog.typing.FilteringBoundLogger:
 def _renderer(for_people: bool) -> Processor:
     if for_people:
         return structlog.dev.ConsoleRenderer()
-    return structlog.processors.JSONRenderer(serializer=orjson.dumps)
+    return structlog.processors.JSONRenderer(serializer=orjson.dumps, option=orjson.OPT_UTC_Z)
 
 
 def _name_process(process: str, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     event["process"] = process
+    return event
+
+
+def _stamp(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """The time as orjson itself writes it: what structlog's own stamp costs is a third of a line."""
+    event["timestamp"] = datetime.now(UTC)
     return event
 
 
