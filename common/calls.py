@@ -168,7 +168,7 @@ class CallFrame(grpc.aio.ServerInterceptor):
     def _close(self, call: Call) -> None:
         self._active -= 1
         seconds = time.monotonic() - call.arrived
-        metrics.call_counter(call.method, call.code).inc()
+        metrics.CALLS.inc(call.method, call.code)
         metrics.call_seconds(call.method).observe(seconds)
         reason = {} if call.reason is None else {"reason": call.reason}
         logger().info(

@@ -72,7 +72,7 @@ class Cache:
         """A speech that is in memory."""
         master = self._masters.get(key)
         if master is not None:
-            metrics.cache_counter("memory").inc()
+            metrics.CACHE_LOOKUPS.inc("memory")
         return master
 
     async def get(self, key: bytes, tags: Tags) -> Master | None:
@@ -80,14 +80,14 @@ class Cache:
         master = self.here(key)
         if master is not None or not self._store.worth_asking:
             if master is None:
-                metrics.cache_counter("miss").inc()
+                metrics.CACHE_LOOKUPS.inc("miss")
             return master
         lookup = self._lookups.get(key)
         if lookup is None:
             lookup = self._lookups[key] = asyncio.create_task(self._look_up(key, tags))
             lookup.add_done_callback(lambda _: self._lookups.pop(key, None))
         master = await asyncio.shield(lookup)
-        metrics.cache_counter("miss" if master is None else "store").inc()
+        metrics.CACHE_LOOKUPS.inc("miss" if master is None else "store")
         return master
 
     def put(self, key: bytes, tags: Tags, master: Master, asked: Generations) -> None:

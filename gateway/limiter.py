@@ -263,7 +263,7 @@ class Limiter:
         await asyncio.gather(*(pool.return_idle(all_of_it=all_of_it) for pool in pools))
 
     def _count(self, tenant: Tenant, limit: str, outcome: str) -> None:
-        metrics.limiter_counter(limit, outcome, tenant.name).inc()
+        metrics.LIMITER_DECISIONS.inc(limit, outcome, metrics.tenant_label(tenant.name))
 
 
 _UNIT: Mapping[Kind, str] = {"requests": "requests", "audio": "audio seconds"}

@@ -109,7 +109,7 @@ class Speech:
             return None
         reply = form.for_caller(turn.call.request_id)
         start, end = reply.rest.start, reply.rest.end
-        metrics.AUDIO_SECONDS_SAVED.inc(end.sample_count / start.format.sample_rate_hertz)
+        metrics.AUDIO_SECONDS_SAVED.inc(by=end.sample_count / start.format.sample_rate_hertz)
         _tell(turn, start.cache_status, end, _ms_since(turn.call.arrived))
         return reply
 
@@ -179,7 +179,7 @@ class Speech:
         if asked.key is not None and asked.look:
             master = await self._cache.get(asked.key, asked.tags)
             if master is not None:
-                metrics.AUDIO_SECONDS_SAVED.inc(master.seconds)
+                metrics.AUDIO_SECONDS_SAVED.inc(by=master.seconds)
                 return master
         if asked.only:
             raise NotFound("this speech is not in the cache", "NOT_CACHED")
@@ -308,7 +308,7 @@ class _Meter:
         self._samples = reply.end.sample_count
         self.complete = reply.end.finish_reason == tts_pb2.FINISH_REASON_COMPLETE
         if self._shared:
-            metrics.AUDIO_SECONDS_SAVED.inc(self.seconds)
+            metrics.AUDIO_SECONDS_SAVED.inc(by=self.seconds)
 
     def _start(self, start: tts_pb2.StreamStart) -> None:
         self._rate = start.format.sample_rate_hertz
@@ -353,7 +353,7 @@ def _tell(turn: Turn, status: Any, end: tts_pb2.StreamEnd, first_ms: float) -> N
     """Says where the audio came from, and what took how long."""
     name = STATUS_NAMES[status]
     total_ms = _ms_since(turn.call.arrived)
-    metrics.cache_status(name).inc()
+    metrics.CACHE_STATUS.inc(name)
     turn.call.facts["cache"] = name
     turn.call.trail(CACHE_TRAILER, name)
     parts = [f"cache;desc={name}"]
