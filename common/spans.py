@@ -5,15 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TypeAlias
 
 from common.keys import canonical_text
 from protos.chorus.v1 import tts_pb2
 
-Restore: TypeAlias = Callable[[tts_pb2.SegmentMark], None]
 
-
-def restorer(text: str) -> Restore | None:
+def restorer(text: str) -> Callable[[tts_pb2.SegmentMark], None] | None:
     """What makes marks of the canonical text marks of a caller's text; None where the two are the same."""
     canonical = canonical_text(text)
     if canonical == text:

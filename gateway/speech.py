@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
@@ -21,7 +21,7 @@ from common.errors import ChorusError, NotFound
 from common.keys import DEFAULT_VOICE, canonical_text, speech_key
 from common.metadata import CACHE_CONTROL, ONLY_CACHED, text_value
 from common.settings import Settings
-from common.spans import Restore, restorer
+from common.spans import restorer
 from common.speech import SpeechMessage, as_field, read_wish
 from gateway.cache import Cache, FormName, Generations, Tags
 from gateway.estimate import Estimator, Spoken
@@ -41,27 +41,37 @@ CACHE_TRAILER = "x-chorus-cache"
 TIMING_TRAILER = "server-timing"
 """Why a call was fast or slow, in the form of the W3C's Server Timing."""
 
+REMEMBERED = 1024
+"""Requests whose names are remembered …"""
+REMEMBERED_BYTES = 4096
+"""… if they are no longer than this."""
 STATUS_NAMES = {number: name.removeprefix("CACHE_STATUS_") for name, number in tts_pb2.CacheStatus.items()}
 
 OUR_FAILURES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED})
 """Nobody pays for what ends so."""
 
 
-class Asked(NamedTuple):
-    """What a call for a whole text asks for, read once."""
+class Named(NamedTuple):
+    """Under what a speech is found."""
 
     key: bytes | None
     """None: nothing that could be found or shared."""
     tags: Tags
     """By what it is purged."""
+    form: FormName | None
+    """Under what it is kept encoded as its caller wants it; None: it is not."""
+    canonical: bool
+    """Its text is the key's own, and so are its marks."""
+
+
+class Asked(NamedTuple):
+    """What a call for a whole text asks for, read once."""
+
+    named: Named
     look: bool
     """Answer from the cache."""
     only: bool
     """Answer from it or not at all."""
-    restore: Restore | None
-    """What makes the marks of the key's own text marks of the caller's; None where the two are the same."""
-    form: FormName | None
-    """Under what its encoded forms are kept; None: none are."""
 
 
 class Speech:
@@ -86,7 +96,7 @@ class Speech:
 
     async def whole(self, request: tts_pb2.SynthesizeRequest, asked: Asked, turn: Turn) -> Whole:
         """A text as one piece. The reply is the caller's own."""
-        restore = asked.restore
+        restore = None if asked.named.canonical else restorer(request.text)
         if (master := await self._found(asked)) is not None:
             if master.seconds > max_reply_seconds(master.rate, self._settings.limits):
                 raise too_long()
@@ -104,7 +114,8 @@ class Speech:
 
     def form(self, asked: Asked, turn: Turn) -> Whole | None:
         """A text as one piece in its caller's format, if it was encoded before and is in memory."""
-        form = None if asked.form is None else self._cache.form(asked.form)
+        name = asked.named.form
+        form = self._cache.form(name) if name is not None and asked.look else None
         if form is None:
             return None
         reply = form.for_caller(turn.call.request_id)
@@ -115,10 +126,11 @@ class Speech:
 
     def keep_form(self, asked: Asked, reply: Whole) -> Whole:
         """Keeps what was encoded, if it is asked for again and again: it was a hit. Returns it."""
-        if asked.form is not None and reply.rest.start.cache_status == tts_pb2.CACHE_STATUS_HIT:
+        name = asked.named.form
+        if name is not None and reply.rest.start.cache_status == tts_pb2.CACHE_STATUS_HIT:
             form = reply.for_caller("")
             form.rest.end.ClearField("timings")
-            self._cache.put_form(asked.form, form)
+            self._cache.put_form(name, form)
         return reply
 
     async def stream(
@@ -126,7 +138,7 @@ class Speech:
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeResponse, None]:
         """A text as it is spoken. The replies are the caller's own."""
         asked = self.asked(request, turn)
-        restore = asked.restore
+        restore = None if asked.named.canonical else restorer(request.text)
         if (master := await self._found(asked)) is not None:
             messages = _replayed(master, turn)
         elif (wanted := self._wanted(asked, turn)) is None:
@@ -176,8 +188,8 @@ class Speech:
         Raises:
             NotFound: it is not there, and the caller wants nothing else.
         """
-        if asked.key is not None and asked.look:
-            master = await self._cache.get(asked.key, asked.tags)
+        if asked.named.key is not None and asked.look:
+            master = await self._cache.get(asked.named.key, asked.named.tags)
             if master is not None:
                 metrics.AUDIO_SECONDS_SAVED.inc(by=master.seconds)
                 return master
@@ -238,30 +250,31 @@ class Speech:
 
     def asked(self, request: Spoken, turn: Turn) -> Asked:
         """What a call asks for, in whatever format."""
-        call, revision = turn.call, self._revision.current
-        words = (text_value(call.metadata, CACHE_CONTROL) or "").lower()
-        said = {word.strip() for word in words.split(",")}
+        metadata = turn.call.metadata
+        words = text_value(metadata, CACHE_CONTROL)
+        said = {word.strip() for word in words.lower().split(",")} if words else ()
         keep = self._settings.cache.enabled and "no-store" not in said
         look = keep and "no-cache" not in said
-        only = text_value(call.metadata, ONLY_CACHED) not in (None, "", "0", "false") or "only-if-cached" in said
-        restore = restorer(request.text)
-        key, form = None, None
-        # What is faulty goes on as it is: the service tells all that is wrong with it.
-        if revision is not None and keep and read_wish(request.format)[0] is not None:
-            tenant = self._tenants.get(call.tenant)
-            key = speech_key(request, revision, tenant.name if tenant.cache_scope == "tenant" else "")
-            call.facts["cache_key"] = key.hex()
-            # Marks are the caller's own, so a form's text must be the key's.
-            if look and restore is None and not is_plain(request.format):
-                form = key, request.format.SerializeToString(deterministic=True)
-        return Asked(key, Tags(request.voice or DEFAULT_VOICE, revision or ""), look, only, restore, form)
+        only = text_value(metadata, ONLY_CACHED) not in (None, "", "0", "false") or "only-if-cached" in said
+        named = self._named(request, turn)
+        if named.key is not None and keep:
+            turn.call.facts["cache_key"] = named.key.hex()
+        return Asked(named if keep else named._replace(key=None), look, only)
+
+    def _named(self, request: Spoken, turn: Turn) -> Named:
+        tenant = self._tenants.get(turn.call.tenant)
+        scope = tenant.name if tenant.cache_scope == "tenant" else ""
+        words = request.SerializeToString(deterministic=True)
+        name = _name if len(words) <= REMEMBERED_BYTES else _name.__wrapped__
+        return name(words, self._revision.current or "", scope)
 
     def _wanted(self, asked: Asked, turn: Turn) -> Wanted | None:
         """What others may ask for too; None: nobody shares it, or there is no room for what is shared."""
-        if asked.key is None:
+        key, tags, _, _ = asked.named
+        if key is None:
             return None
-        landed = partial(self._landed, asked.key, asked.tags, self._cache.generations)
-        wanted = Wanted(asked.key, asked.tags.revision, turn.call.priority, landed)
+        landed = partial(self._landed, key, tags, self._cache.generations)
+        wanted = Wanted(key, tags.revision, turn.call.priority, landed)
         return wanted if self._flights.running(wanted) or not self._flights.full else None
 
     def _landed(self, key: bytes, tags: Tags, asked: Generations, master: Master) -> None:
@@ -336,6 +349,24 @@ def _settled(admission: Admission, goes_on: Callable[[], bool] = lambda: False) 
 async def _replayed(master: Master, turn: Turn) -> AsyncGenerator[SpeechMessage, None]:
     for message in master.messages(turn.call.request_id):
         yield message
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _name(words: bytes, revision: str, scope: str) -> Named:
+    """Under what a request is found. Remembered, since what is hot is asked for again in the same words.
+
+    `words`: the request's, of whichever kind: on the wire they are the same. `revision`: empty where none is known yet.
+    """
+    request = tts_pb2.SynthesizeRequest.FromString(words)
+    canonical = canonical_text(request.text) == request.text
+    tags = Tags(request.voice or DEFAULT_VOICE, revision)
+    # What is faulty goes on as it is: the service tells all that is wrong with it.
+    if not revision or read_wish(request.format)[0] is None:
+        return Named(None, tags, None, canonical)
+    key = speech_key(request, revision, scope)
+    # Marks are the caller's own, so a form's text must be the key's.
+    encoded = canonical and not is_plain(request.format)
+    return Named(key, tags, (key, request.format.SerializeToString(deterministic=True)) if encoded else None, canonical)
 
 
 def _canonical(request: Request) -> Request:
