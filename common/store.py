@@ -123,21 +123,22 @@ class Store:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
         self._waiting += 1
-        answer.add_done_callback(self._answered)
         self._pending.append((words, answer))
         if len(self._pending) == 1:
             loop.call_soon(self._leave)
+        # A round trip is bounded too; this is for what waits until another comes back.
+        late = loop.call_later(2 * self._budget, self._give_up, answer)
         try:
-            # A round trip is bounded too; this is for what waits until another comes back.
-            async with asyncio.timeout(2 * self._budget):
-                return await answer
-        except TimeoutError:
-            raise StoreUnavailable(f"the {self.name} does not answer") from None
+            return await answer
+        finally:
+            late.cancel()
+            self._waiting -= 1
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # whoever waited for it may leave in the moment in which it fails
 
-    def _answered(self, answer: asyncio.Future[Any]) -> None:
-        self._waiting -= 1
-        if not answer.cancelled():
-            answer.exception()  # whoever waited for it may have left
+    def _give_up(self, answer: asyncio.Future[Any]) -> None:
+        if not answer.done():
+            answer.set_exception(StoreUnavailable(f"the {self.name} does not answer"))
 
     def _leave(self) -> None:
         """Sends all that is pending, if there is room for a round trip."""
@@ -219,8 +220,7 @@ class Store:
 
     def _failed(self, batch: list[_Waiting], kind: str, error: Exception | None) -> None:
         for _, answer in batch:
-            if not answer.done():
-                answer.set_exception(StoreUnavailable(f"the {self.name} does not answer"))
+            self._give_up(answer)
         if error is not None:
             self._breaker_failed(kind, error)
 
