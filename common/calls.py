@@ -17,7 +17,7 @@ import grpc.aio
 
 from common import metrics
 from common.errors import ChorusError, Internal, ResourceExhausted, Unimplemented, abort, quoted
-from common.logs import logger
+from common.logs import log_often, logger
 from common.metadata import REQUEST_ID, Metadata, Priority, as_metadata, priority, request_id
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -170,18 +170,17 @@ class CallFrame(grpc.aio.ServerInterceptor):
         seconds = time.monotonic() - call.arrived
         metrics.CALLS.inc(call.method, call.code)
         metrics.call_seconds(call.method).observe(seconds)
-        reason = {} if call.reason is None else {"reason": call.reason}
-        logger().info(
-            "call",
-            method=call.method,
-            code=call.code,
-            request_id=call.request_id,
-            tenant=call.tenant,
-            priority=call.priority,
-            ms=round(seconds * 1000, 1),
-            **reason,
-            **call.facts,
-        )
+        line = {
+            "method": call.method,
+            "code": call.code,
+            "request_id": call.request_id,
+            "tenant": call.tenant,
+            "priority": call.priority,
+            "ms": round(seconds * 1000, 1),
+        }
+        if call.reason is not None:
+            line["reason"] = call.reason
+        log_often("call", line | call.facts)
 
     def _admit_plain(self, call: Call, context: Context) -> None:
         """A call of health or reflection."""

@@ -6,6 +6,7 @@ import logging
 import sys
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import orjson
 import structlog
@@ -14,7 +15,10 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from common.settings import LogSettings
 
 _LOG: structlog.typing.FilteringBoundLogger = structlog.get_logger()
-"""One for all. What `get_logger` gives is assembled at its first event, and looks at each whether it was."""
+"""One for all: each that `get_logger` gives would be assembled again at its first event."""
+_lines: structlog.BytesLogger | None = None
+"""Where `log_often` writes; None: through the log, as all others."""
+_process = ""
 
 
 def set_up_logs(settings: LogSettings, process: str) -> None:
@@ -23,7 +27,7 @@ def set_up_logs(settings: LogSettings, process: str) -> None:
     shared: list[Processor] = [
         partial(_name_process, process),
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True) if for_people else _stamp,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
     level = getattr(logging, settings.level.upper())
@@ -35,8 +39,9 @@ def set_up_logs(settings: LogSettings, process: str) -> None:
         ),
         cache_logger_on_first_use=True,
     )
-    global _LOG
-    _LOG = structlog.get_logger().bind()
+    global _lines, _process
+    _lines = None if for_people or level > logging.INFO else structlog.BytesLogger(sys.stderr.buffer)
+    _process = process
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -52,20 +57,26 @@ def logger() -> structlog.typing.FilteringBoundLogger:
     return _LOG
 
 
+def log_often(event: str, fields: dict[str, Any]) -> None:
+    """An event of level info that every call has. `fields`: becomes the line.
+
+    As JSON it is written here: with structlog's chain of processors the same line took a fifth of a hit's Python.
+    """
+    if _lines is None:
+        _LOG.info(event, **fields)
+        return
+    fields |= {"event": event, "process": _process, "level": "info", "timestamp": datetime.now(UTC)}
+    _lines.msg(orjson.dumps(fields, default=repr, option=orjson.OPT_UTC_Z))
+
+
 def _renderer(for_people: bool) -> Processor:
     if for_people:
         return structlog.dev.ConsoleRenderer()
-    return structlog.processors.JSONRenderer(serializer=orjson.dumps, option=orjson.OPT_UTC_Z)
+    return structlog.processors.JSONRenderer(serializer=orjson.dumps)
 
 
 def _name_process(process: str, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     event["process"] = process
-    return event
-
-
-def _stamp(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """The time as orjson itself writes it: what structlog's own stamp costs is a third of a line."""
-    event["timestamp"] = datetime.now(UTC)
     return event
 
 
