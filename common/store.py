@@ -65,7 +65,8 @@ class Store:
         self._trips: set[asyncio.Task[None]] = set()
         self._waiting = 0
         self._complained = -COMPLAIN_SECONDS
-        self._healthy = True
+        self._healthy: bool | None = None
+        """None: it was not asked yet."""
 
     @property
     def configured(self) -> bool:
@@ -191,8 +192,9 @@ class Store:
                 await asyncio.sleep(0)
             raise TimeoutError
         finally:
-            executing.cancel()
-            await asyncio.wait({executing})
+            if not executing.done():
+                executing.cancel()
+                await asyncio.wait({executing})
             if not executing.cancelled():
                 executing.exception()
 
@@ -213,10 +215,12 @@ class Store:
             self._breaker_failed("refused", wrong[0])
             return
         self._breaker.succeeded()
+        if self._healthy:
+            return
         metrics.STORE_AVAILABLE.labels(self.name).set(1)
-        if not self._healthy:
-            self._healthy = True
+        if self._healthy is False:
             logger().info("store answers again", store=self.name)
+        self._healthy = True
 
     def _failed(self, batch: list[_Waiting], kind: str, error: Exception | None) -> None:
         for _, answer in batch:
