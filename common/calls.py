@@ -6,7 +6,7 @@ import asyncio
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from contextvars import ContextVar
 from operator import methodcaller
@@ -76,8 +76,11 @@ def current_call() -> Call:
     return _CALL.get()
 
 
-class CallFrame(grpc.aio.ServerInterceptor):
-    """The outermost interceptor."""
+class CallFrame(grpc.GenericRpcHandler):
+    """What gRPC asks for every method, and what services are registered with, so that each runs in the frame.
+
+    As an interceptor, which gRPC awaits for each call, it would do the same.
+    """
 
     def __init__(self, identify: Identify, max_calls: int, debug: bool, keyed: tuple[str, ...] = ()) -> None:
         """`debug`: errors tell callers what went wrong inside. `keyed`: prefixes of plain services that need a key."""
@@ -86,19 +89,24 @@ class CallFrame(grpc.aio.ServerInterceptor):
         self._max_calls = max_calls
         self._debug = debug
         self._active = 0
+        self._services: list[grpc.GenericRpcHandler] = []
         self._handlers: dict[str, Handler] = {}
         metrics.CALLS_ACTIVE.set_function(lambda: self._active)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """Puts the frame round a method, also round one that does not exist."""
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """As servers have it: registers services."""
+        self._services.extend(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """As servers have it. Does nothing: the methods are registered above already."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler:
+        """A method in its frame, also one that does not exist."""
         method = handler_call_details.method
         if (known := self._handlers.get(method)) is not None:
             return known
-        handler = await continuation(handler_call_details)
+        found = (service.service(handler_call_details) for service in self._services)
+        handler = next((handler for handler in found if handler is not None), None)
         if handler is None:
             return self._framed(_unknown_method(method), UNKNOWN_METHOD, plain=False)
         plain = method.startswith(PLAIN_SERVICES)
@@ -177,10 +185,10 @@ class CallFrame(grpc.aio.ServerInterceptor):
             "tenant": call.tenant,
             "priority": call.priority,
             "ms": round(seconds * 1000, 1),
+            **({} if call.reason is None else {"reason": call.reason}),
+            **call.facts,
         }
-        if call.reason is not None:
-            line["reason"] = call.reason
-        log_often("call", line | call.facts)
+        log_often("call", line)
 
     def _admit_plain(self, call: Call, context: Context) -> None:
         """A call of health or reflection."""

@@ -37,8 +37,8 @@ _INLINE, _POINTER = b"i", b"p"
 
 
 Generations: TypeAlias = dict[bytes, bytes]
-FormName: TypeAlias = tuple[bytes, bytes]
-"""A speech's key and a format."""
+FormName: TypeAlias = tuple[bytes, bytes | None]
+"""A speech's key, and a format as it was asked for; None: the master's own."""
 
 
 class Tags(NamedTuple):
@@ -109,8 +109,12 @@ class Cache:
         task.add_done_callback(self._puts.discard)
 
     def form(self, name: FormName) -> Whole | None:
-        """A speech in memory in another format, as a reply that may not be changed."""
-        return self._forms.get(name)
+        """A speech in memory in a format, as a reply that may not be changed."""
+        key, format = name
+        if format is not None:
+            return self._forms.get(name)
+        master = self.here(key)
+        return None if master is None else master.reply
 
     def put_form(self, name: FormName, form: Whole) -> None:
         """Keeps a speech in another format in memory, for as long as it is asked for."""

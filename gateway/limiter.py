@@ -58,7 +58,8 @@ class Admission:
         self._closed = False
 
     async def __aenter__(self) -> Self:
-        self._entered = await self._limiter._enter(self._tenant)
+        if self._tenant.concurrent is not None:
+            self._entered = await self._limiter._enter(self._tenant, self._tenant.concurrent)
         try:
             await self._limiter._spend(self._tenant, "requests", self._priority, UNITS)
         except BaseException:
@@ -174,17 +175,17 @@ class Limiter:
         (level,) = await self._shared.levels([scope])
         return Left(tenant, "requests" if kind == "requests" else "audio seconds", level, scope.bucket.burst)
 
-    async def _enter(self, tenant: Tenant) -> bool:
-        if tenant.concurrent is None or self._settings.mode == "off":
+    async def _enter(self, tenant: Tenant, most: int) -> bool:
+        if self._settings.mode == "off":
             return False
-        if await self._places.enter(tenant.name, tenant.concurrent):
+        if await self._places.enter(tenant.name, most):
             self._count(tenant, "places", "admitted")
             return True
         self._refuse(
             tenant,
             "TOO_MANY_CONCURRENT",
             "places",
-            f"{tenant.concurrent} calls of {tenant.name} run already; try again in a second, or end one",
+            f"{most} calls of {tenant.name} run already; try again in a second, or end one",
             NO_PLACE_SECONDS,
             f"tenant:{tenant.name} concurrent calls",
         )

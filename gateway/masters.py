@@ -69,13 +69,14 @@ class Whole:
 class Master:
     """A complete speech in RAW PCM_S16LE at its engine's rate. Never changed."""
 
-    def __init__(self, whole: Whole) -> None:
-        """`whole`: not changed by anybody from now on."""
-        self._whole = whole
-        rest = whole.rest
+    def __init__(self, reply: Whole) -> None:
+        """`reply`: not changed by anybody from now on."""
+        self.reply = reply
+        """To be read only."""
+        rest = reply.rest
         self.made_as = rest.start.cache_status
         """How its backend made it: MISS, or BYPASS if not under the key that it was asked for."""
-        self.size = whole.audio_bytes + 64 * len(rest.marks) + 512
+        self.size = reply.audio_bytes + 64 * len(rest.marks) + 512
         """Bytes, about."""
         self.seconds = rest.end.sample_count / rest.start.format.sample_rate_hertz
 
@@ -101,15 +102,15 @@ class Master:
     @property
     def rate(self) -> int:
         """Of its samples, in hertz."""
-        return self._whole.rest.start.format.sample_rate_hertz
+        return self.reply.rest.start.format.sample_rate_hertz
 
     def whole(self, request_id: str) -> Whole:
         """The speech as one reply to a call."""
-        return self._whole.for_caller(request_id)
+        return self.reply.for_caller(request_id)
 
     def messages(self, request_id: str) -> Iterator[SpeechMessage]:
         """The speech as a stream, whose messages may be changed."""
-        reply, audio, at = self._whole.rest, self._whole.audio, 0
+        reply, audio, at = self.reply.rest, self.reply.audio, 0
         start, end = tts_pb2.StreamStart(), tts_pb2.StreamEnd()
         start.CopyFrom(reply.start)
         start.request_id = request_id
@@ -129,7 +130,7 @@ class Master:
 
     def to_bytes(self, key: bytes) -> bytes:
         """As it is kept under a key: a checksum, how long all but the audio is, that, and the audio."""
-        rest, sound = self._whole.rest.SerializeToString(), self._whole.sound
+        rest, sound = self.reply.rest.SerializeToString(), self.reply.sound
         head = _HEAD.pack(_checksum(key, rest, sound), len(rest))
         return b"".join((head, rest, sound))
 

@@ -96,7 +96,7 @@ class Pipeline:
         keyed = self._keyed(call, request, deadline)
         async with self._limiter.admitted(call.tenant, call.priority) as admission:
             turn = Turn(call, admission, deadline, self._settings.secret)
-            return await self._idempotency.unary(keyed, kind, lambda: make(turn))
+            return await (make(turn) if keyed is None else self._idempotency.unary(keyed, kind, lambda: make(turn)))
 
     async def stream(
         self,
@@ -112,7 +112,8 @@ class Pipeline:
         keyed = None if request is None else self._keyed(call, request, deadline)
         async with self._limiter.admitted(call.tenant, call.priority) as admission:
             turn = Turn(call, admission, deadline, self._settings.secret)
-            async with aclosing(self._idempotency.stream(keyed, kind, lambda: make(turn))) as replies:
+            replies = make(turn) if keyed is None else self._idempotency.stream(keyed, kind, lambda: make(turn))
+            async with aclosing(replies):
                 async for reply in replies:
                     yield reply
 

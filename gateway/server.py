@@ -156,7 +156,7 @@ def _plain(url: SecretStr | None) -> str | None:
 
 
 def _register(servicer: Servicer, server: Server) -> None:
-    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(servicer, server.grpc)
-    tts_pb2_grpc.add_VoiceServiceServicer_to_server(servicer, server.grpc)
-    tts_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicer, server.grpc)
-    tts_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(), server.grpc)
+    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(servicer, server.methods)
+    tts_pb2_grpc.add_VoiceServiceServicer_to_server(servicer, server.methods)
+    tts_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicer, server.methods)
+    tts_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(), server.methods)

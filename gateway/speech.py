@@ -16,7 +16,7 @@ import grpc.aio
 
 from audio.frames import SAMPLE_BYTES
 from common import metrics
-from common.encoding import max_reply_seconds, too_long
+from common.encoding import max_reply_bytes, max_reply_seconds, too_long
 from common.errors import ChorusError, NotFound
 from common.keys import DEFAULT_VOICE, canonical_text, speech_key
 from common.metadata import CACHE_CONTROL, ONLY_CACHED, text_value
@@ -59,7 +59,7 @@ class Named(NamedTuple):
     tags: Tags
     """By what it is purged."""
     form: FormName | None
-    """Under what it is kept encoded as its caller wants it; None: it is not."""
+    """Under what it is kept as its caller wants it; None: it is not."""
     canonical: bool
     """Its text is the key's own, and so are its marks."""
 
@@ -113,21 +113,26 @@ class Speech:
         return reply
 
     def form(self, asked: Asked, turn: Turn) -> Whole | None:
-        """A text as one piece in its caller's format, if it was encoded before and is in memory."""
+        """A text as one piece, if it is in memory in its caller's format: what is hot goes no further than this."""
         name = asked.named.form
         form = self._cache.form(name) if name is not None and asked.look else None
         if form is None:
             return None
+        start, end, limits = form.rest.start, form.rest.end, self._settings.limits
+        seconds = end.sample_count / start.format.sample_rate_hertz
+        if seconds > limits.unary_audio_seconds or form.audio_bytes > max_reply_bytes(limits):
+            return None  # `whole` will say so
+        metrics.AUDIO_SECONDS_SAVED.inc(by=seconds)
         reply = form.for_caller(turn.call.request_id)
-        start, end = reply.rest.start, reply.rest.end
-        metrics.AUDIO_SECONDS_SAVED.inc(by=end.sample_count / start.format.sample_rate_hertz)
+        end = reply.rest.end
         _tell(turn, start.cache_status, end, _ms_since(turn.call.arrived))
         return reply
 
     def keep_form(self, asked: Asked, reply: Whole) -> Whole:
         """Keeps what was encoded, if it is asked for again and again: it was a hit. Returns it."""
         name = asked.named.form
-        if name is not None and reply.rest.start.cache_status == tts_pb2.CACHE_STATUS_HIT:
+        hit = reply.rest.start.cache_status == tts_pb2.CACHE_STATUS_HIT
+        if hit and name is not None and name[1] is not None:
             form = reply.for_caller("")
             form.rest.end.ClearField("timings")
             self._cache.put_form(name, form)
@@ -364,9 +369,9 @@ def _name(words: bytes, revision: str, scope: str) -> Named:
     if not revision or read_wish(request.format)[0] is None:
         return Named(None, tags, None, canonical)
     key = speech_key(request, revision, scope)
+    form = None if is_plain(request.format) else request.format.SerializeToString(deterministic=True)
     # Marks are the caller's own, so a form's text must be the key's.
-    encoded = canonical and not is_plain(request.format)
-    return Named(key, tags, (key, request.format.SerializeToString(deterministic=True)) if encoded else None, canonical)
+    return Named(key, tags, (key, form) if canonical else None, canonical)
 
 
 def _canonical(request: Request) -> Request:

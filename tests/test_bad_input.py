@@ -355,7 +355,7 @@ async def broken_server(debug: bool) -> AsyncIterator[Any]:
     address = f"127.0.0.1:{free_port()}"
     service = "chorus.v1.TextToSpeechService"
     server = FrameServer(Settings(debug=debug), [service], identify=lambda metadata, peer: "anyone")
-    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(Broken(), server.grpc)
+    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(Broken(), server.methods)
     await server.start(address)
     try:
         async with grpc.aio.insecure_channel(address) as channel:
