@@ -118,14 +118,13 @@ class Speech:
         form = self._cache.form(name) if name is not None and asked.look else None
         if form is None:
             return None
-        start, end, limits = form.rest.start, form.rest.end, self._settings.limits
-        seconds = end.sample_count / start.format.sample_rate_hertz
+        start, limits = form.rest.start, self._settings.limits
+        seconds = form.rest.end.sample_count / start.format.sample_rate_hertz
         if seconds > limits.unary_audio_seconds or form.audio_bytes > max_reply_bytes(limits):
             return None  # `whole` will say so
         metrics.AUDIO_SECONDS_SAVED.inc(by=seconds)
         reply = form.for_caller(turn.call.request_id)
-        end = reply.rest.end
-        _tell(turn, start.cache_status, end, _ms_since(turn.call.arrived))
+        _tell(turn, start.cache_status, reply.rest.end, _ms_since(turn.call.arrived))
         return reply
 
     def keep_form(self, asked: Asked, reply: Whole) -> Whole:
@@ -267,6 +266,7 @@ class Speech:
         return Asked(named if keep else named._replace(key=None), look, only)
 
     def _named(self, request: Spoken, turn: Turn) -> Named:
+        """Under what it is found by this caller."""
         tenant = self._tenants.get(turn.call.tenant)
         scope = tenant.name if tenant.cache_scope == "tenant" else ""
         words = request.SerializeToString(deterministic=True)
