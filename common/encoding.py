@@ -100,7 +100,7 @@ async def collected(messages: Messages, limits: LimitSettings) -> tts_pb2.Synthe
             match message:
                 case tts_pb2.AudioChunk():
                     audio += message.data
-                    if len(audio) > _max_reply_bytes(limits):
+                    if len(audio) > max_reply_bytes(limits):
                         raise too_long()
                 case tts_pb2.StreamStart():
                     response.start.CopyFrom(message)
@@ -134,7 +134,7 @@ async def encoded_whole(
     plain.start.format.CopyFrom(wire_format(format))
     if format.container is Container.WAV:
         plain.audio = wav_header(format, plain.end.sample_count) + plain.audio
-    if len(plain.audio) > _max_reply_bytes(limits):
+    if len(plain.audio) > max_reply_bytes(limits):
         raise too_long()
     return plain
 
@@ -144,7 +144,7 @@ def max_reply_seconds(engine_rate: int, limits: LimitSettings) -> float:
 
     `engine_rate`: in hertz.
     """
-    return min(limits.unary_audio_seconds, _max_reply_bytes(limits) / (SAMPLE_BYTES * engine_rate))
+    return min(limits.unary_audio_seconds, max_reply_bytes(limits) / (SAMPLE_BYTES * engine_rate))
 
 
 async def _taken_apart(response: tts_pb2.SynthesizeResponse) -> Messages:
@@ -218,7 +218,8 @@ class _Tape:
             yield self._marks.popleft()
 
 
-def _max_reply_bytes(limits: LimitSettings) -> int:
+def max_reply_bytes(limits: LimitSettings) -> int:
+    """Audio that a unary reply may hold at most, in bytes of its format."""
     return limits.message_bytes - REPLY_OVERHEAD_BYTES
 
 

@@ -39,13 +39,13 @@ def speech_key(request: Spoken, revision: str, scope: str = "") -> bytes:
         language=request.language.lower().replace("_", "-"),
         refine_text=request.refine_text,
     )
-    if request.controls.ByteSize():
+    if request.HasField("controls") and request.controls.ByteSize():
         asked.controls.CopyFrom(request.controls)
         if asked.controls.speed == 1.0:
             asked.controls.ClearField("speed")
         if not asked.controls.ByteSize():
             asked.ClearField("controls")
-    if request.sampling.ByteSize():
+    if request.HasField("sampling") and request.sampling.ByteSize():
         asked.sampling.CopyFrom(request.sampling)
     made_of = b"\0".join((scope.encode(), revision.encode(), asked.SerializeToString(deterministic=True)))
     return hashlib.sha256(made_of).digest()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import orjson
 import structlog
@@ -14,6 +16,9 @@ from common.settings import LogSettings
 
 _LOG: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 """One for all: each that `get_logger` gives would be assembled again at its first event."""
+_lines: structlog.BytesLogger | None = None
+"""Where `log_often` writes; None: through the log, as all others."""
+_process = ""
 
 
 def set_up_logs(settings: LogSettings, process: str) -> None:
@@ -34,6 +39,9 @@ def set_up_logs(settings: LogSettings, process: str) -> None:
         ),
         cache_logger_on_first_use=True,
     )
+    global _lines, _process
+    _lines = None if for_people or level > logging.INFO else structlog.BytesLogger(sys.stderr.buffer)
+    _process = process
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -47,6 +55,18 @@ def set_up_logs(settings: LogSettings, process: str) -> None:
 def logger() -> structlog.typing.FilteringBoundLogger:
     """The log to write to."""
     return _LOG
+
+
+def log_often(event: str, fields: dict[str, Any]) -> None:
+    """An event of level info that every call has. `fields`: becomes the line.
+
+    As JSON it is written here: with structlog's chain of processors the same line took a fifth of a hit's Python.
+    """
+    if _lines is None:
+        _LOG.info(event, **fields)
+        return
+    fields |= {"event": event, "process": _process, "level": "info", "timestamp": datetime.now(UTC)}
+    _lines.msg(orjson.dumps(fields, default=repr, option=orjson.OPT_UTC_Z))
 
 
 def _renderer(for_people: bool) -> Processor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, get_args
 
 from common.errors import InvalidArgument, Violation
 
@@ -35,6 +35,7 @@ IDEMPOTENCY_KEY = "idempotency-key"
 ORCA_LOAD = "endpoint-load-metrics-bin"
 
 Priority: TypeAlias = Literal["interactive", "batch"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 Sharing: TypeAlias = Literal["all", "tenant"]
 """With whom: all tenants, or only the caller's own."""
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -44,12 +45,15 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 def as_metadata(pairs: Iterable[tuple[str, str | bytes]] | None) -> Metadata:
     """A call's metadata as plain pairs."""
-    return tuple((key, value) for key, value in pairs or ())
+    return tuple(pairs or ())
 
 
 def text_value(metadata: Metadata, key: str) -> str | None:
     """A key's first value, if it is text."""
-    return next((value for name, value in metadata if name == key and isinstance(value, str)), None)
+    for name, value in metadata:
+        if name == key and isinstance(value, str):
+            return value
+    return None
 
 
 def priority(metadata: Metadata) -> Priority:
@@ -59,9 +63,9 @@ def priority(metadata: Metadata) -> Priority:
         InvalidArgument: it is neither of the two.
     """
     given = text_value(metadata, PRIORITY) or "interactive"
-    if given not in get_args(Priority):
-        raise InvalidArgument.of([Violation(PRIORITY, f"must be one of {', '.join(get_args(Priority))}")])
-    return cast("Priority", given)
+    if given not in PRIORITIES:
+        raise InvalidArgument.of([Violation(PRIORITY, f"must be one of {', '.join(PRIORITIES)}")])
+    return given
 
 
 def request_id(metadata: Metadata) -> str:

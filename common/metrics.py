@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -21,7 +23,48 @@ if TYPE_CHECKING:
 LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 """Seconds."""
 
-CALLS = Counter("chorus_calls_total", "Calls that have ended.", ["method", "code"])
+
+class Count(Collector):
+    """A counter that only the event loop counts: nothing is locked, and no labels are looked up before.
+
+    Each call counts five times, which with the library's own counters took three times as long.
+    """
+
+    def __init__(self, name: str, text: str, labels: Sequence[str] = ()) -> None:
+        """Is shown from now on."""
+        self._name, self._text, self._labels = name, text, labels
+        self._values: defaultdict[tuple[str, ...], _Since] = defaultdict(_Since)
+        if not labels:
+            self.inc(by=0.0)
+        REGISTRY.register(self)
+
+    def inc(self, *labels: str, by: float = 1.0) -> None:
+        """Counts once, or an amount."""
+        self._values[labels].value += by
+
+    def value(self, *labels: str) -> float:
+        """What was counted."""
+        return self._values[labels].value
+
+    def collect(self) -> Iterator[Metric]:
+        """As the library's own."""
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, counted in list(self._values.items()):
+            family.add_metric(labels, counted.value, created=counted.since)
+        yield family
+
+
+class _Since:
+    """What was counted, and since when."""
+
+    __slots__ = ("since", "value")
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.since = time.time()
+
+
+CALLS = Count("chorus_calls_total", "Calls that have ended.", ["method", "code"])
 CALL_SECONDS = Histogram("chorus_call_seconds", "How long calls took.", ["method"], buckets=LATENCY_BUCKETS)
 CALLS_ACTIVE = Gauge("chorus_calls_active", "Calls that run now.")
 FIRST_AUDIO_SECONDS = Histogram(
@@ -55,9 +98,7 @@ STORE_FAILURES = Counter(
     "chorus_store_failures_total", "Round trips and commands without an answer.", ["store", "kind"]
 )
 STORE_AVAILABLE = Gauge("chorus_store_available", "1 while a store answers.", ["store"])
-LIMITER_DECISIONS = Counter(
-    "chorus_limiter_decisions_total", "What limits have decided.", ["limit", "outcome", "tenant"]
-)
+LIMITER_DECISIONS = Count("chorus_limiter_decisions_total", "What limits have decided.", ["limit", "outcome", "tenant"])
 LIMITER_DEGRADED = Counter(
     "chorus_limiter_degraded_total", "Decisions within local limits, since the ledger did not answer."
 )
@@ -74,15 +115,13 @@ SEGMENTS_OPEN = Gauge("chorus_segments_open", "Segments of dialogues that are be
 SEGMENT_BYTES = Gauge("chorus_segments_bytes", "Audio of segments of dialogues that are being made.")
 SEGMENT_KEPT_BYTES = Gauge("chorus_segments_kept_bytes", "Segments of dialogues that are kept.")
 COALESCED = Counter("chorus_coalesced_total", "Calls that joined a speech which was being made.")
-CACHE_LOOKUPS = Counter("chorus_cache_lookups_total", "Where speeches were found: memory, store, miss.", ["found"])
+CACHE_LOOKUPS = Count("chorus_cache_lookups_total", "Where speeches were found: memory, store, miss.", ["found"])
 CACHE_BYTES = Gauge("chorus_cache_memory_bytes", "Speeches in memory.")
 CACHE_EVICTED = Gauge("chorus_cache_evicted", "Speeches that have left memory for want of room.")
 CACHE_DAMAGED = Counter("chorus_cache_damaged_total", "Values in the store that were not what they should be.")
 CACHE_PUTS_DROPPED = Counter("chorus_cache_puts_dropped_total", "Speeches of which the store was not told.")
-CACHE_STATUS = Counter(
-    "chorus_cache_status_total", "Calls for whole texts, by where their audio came from.", ["status"]
-)
-AUDIO_SECONDS_SAVED = Counter(
+CACHE_STATUS = Count("chorus_cache_status_total", "Calls for whole texts, by where their audio came from.", ["status"])
+AUDIO_SECONDS_SAVED = Count(
     "chorus_audio_seconds_saved_total", "Seconds of audio that were delivered and did not have to be made."
 )
 HOLDS = Gauge("chorus_limiter_holds", "Estimates of audio that are charged and not settled.")
@@ -101,24 +140,6 @@ def tenant_label(tenant: str) -> str:
 
 
 @lru_cache
-def limiter_counter(limit: str, outcome: str, tenant: str) -> Counter:
-    """`LIMITER_DECISIONS` of a limit, an outcome and a tenant."""
-    return LIMITER_DECISIONS.labels(limit, outcome, tenant_label(tenant))
-
-
-@lru_cache
-def cache_counter(found: str) -> Counter:
-    """`CACHE_LOOKUPS` of a place."""
-    return CACHE_LOOKUPS.labels(found)
-
-
-@lru_cache
-def cache_status(status: str) -> Counter:
-    """`CACHE_STATUS` of a status."""
-    return CACHE_STATUS.labels(status)
-
-
-@lru_cache
 def segment_counter(origin: str) -> Counter:
     """`SEGMENTS` of an origin."""
     return SEGMENTS.labels(origin)
@@ -131,14 +152,8 @@ def store_seconds(store: str) -> Histogram:
 
 
 @lru_cache
-def call_counter(method: str, code: str) -> Counter:
-    """`CALLS` of a method and code. Looking labels up costs more than counting."""
-    return CALLS.labels(method, code)
-
-
-@lru_cache
 def call_seconds(method: str) -> Histogram:
-    """`CALL_SECONDS` of a method."""
+    """`CALL_SECONDS` of a method. Looking labels up costs more than observing."""
     return CALL_SECONDS.labels(method)
 
 

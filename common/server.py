@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -53,7 +53,7 @@ class Server:
 
         Args:
             settings: its limits and certificates.
-            services: full names of the services that will be registered on `grpc`.
+            services: full names of the services that will be registered with `methods`.
             identify: whose calls they are.
             reflection: whether it is served.
             keyed: prefixes of health's and reflection's methods that are for callers who can be identified.
@@ -63,15 +63,14 @@ class Server:
         """
         self._credentials = server_credentials(settings.tls)
         self._frame = CallFrame(identify, settings.limits.concurrent_calls, settings.debug, keyed)
-        self.grpc = grpc.aio.server(
-            interceptors=[self._frame],
-            options=server_options(settings.limits),
-        )
+        self.methods = cast("grpc.aio.Server", self._frame)
+        """What services are registered with, as if it were the server."""
+        self.grpc = grpc.aio.server(handlers=[self._frame], options=server_options(settings.limits))
         self._services = tuple(services)
         self._health = aio_health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.methods)
         if reflection:
-            _add_reflection(self.grpc, self._services)
+            _add_reflection(self.methods, self._services)
         self._stop_signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
 
     async def set_serving(self, serving: bool) -> None:
@@ -195,13 +194,12 @@ def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
     _describe_reflection_v1()
     names = (*services, "grpc.health.v1.Health", reflection.SERVICE_NAME, REFLECTION_V1)
     symbols: Any = _Symbols()
-    reflection.enable_server_reflection(names, server, symbols)
     servicer = reflection.aio.ReflectionServicer(names, symbols)
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": handler}),)
-    )
+    methods = {"ServerReflectionInfo": handler}
+    for name in (reflection.SERVICE_NAME, REFLECTION_V1):
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))

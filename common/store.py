@@ -65,7 +65,8 @@ class Store:
         self._trips: set[asyncio.Task[None]] = set()
         self._waiting = 0
         self._complained = -COMPLAIN_SECONDS
-        self._healthy = True
+        self._healthy: bool | None = None
+        """None: it was not asked yet."""
 
     @property
     def configured(self) -> bool:
@@ -123,21 +124,22 @@ class Store:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
         self._waiting += 1
-        answer.add_done_callback(self._answered)
         self._pending.append((words, answer))
         if len(self._pending) == 1:
             loop.call_soon(self._leave)
+        # A round trip is bounded too; this is for what waits until another comes back.
+        late = loop.call_later(2 * self._budget, self._give_up, answer)
         try:
-            # A round trip is bounded too; this is for what waits until another comes back.
-            async with asyncio.timeout(2 * self._budget):
-                return await answer
-        except TimeoutError:
-            raise StoreUnavailable(f"the {self.name} does not answer") from None
+            return await answer
+        finally:
+            late.cancel()
+            self._waiting -= 1
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # whoever waited for it may leave in the moment in which it fails
 
-    def _answered(self, answer: asyncio.Future[Any]) -> None:
-        self._waiting -= 1
-        if not answer.cancelled():
-            answer.exception()  # whoever waited for it may have left
+    def _give_up(self, answer: asyncio.Future[Any]) -> None:
+        if not answer.done():
+            answer.set_exception(StoreUnavailable(f"the {self.name} does not answer"))
 
     def _leave(self) -> None:
         """Sends all that is pending, if there is room for a round trip."""
@@ -190,8 +192,9 @@ class Store:
                 await asyncio.sleep(0)
             raise TimeoutError
         finally:
-            executing.cancel()
-            await asyncio.wait({executing})
+            if not executing.done():
+                executing.cancel()
+                await asyncio.wait({executing})
             if not executing.cancelled():
                 executing.exception()
 
@@ -212,15 +215,16 @@ class Store:
             self._breaker_failed("refused", wrong[0])
             return
         self._breaker.succeeded()
+        if self._healthy:
+            return
         metrics.STORE_AVAILABLE.labels(self.name).set(1)
-        if not self._healthy:
-            self._healthy = True
+        if self._healthy is False:
             logger().info("store answers again", store=self.name)
+        self._healthy = True
 
     def _failed(self, batch: list[_Waiting], kind: str, error: Exception | None) -> None:
         for _, answer in batch:
-            if not answer.done():
-                answer.set_exception(StoreUnavailable(f"the {self.name} does not answer"))
+            self._give_up(answer)
         if error is not None:
             self._breaker_failed(kind, error)
 

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from common import metrics
 from common.generations import GENERATION_SECONDS, GENERATIONS, Generations, read_generations
@@ -21,8 +21,7 @@ from common.lru import Lru
 from common.objects import Objects
 from common.settings import CacheSettings
 from common.store import Store, StoreUnavailable
-from gateway.masters import Master
-from protos.chorus.v1 import tts_pb2
+from gateway.masters import Master, Whole
 
 JITTER = 0.1
 """The share by which times to live differ, so that not all that was made together goes together."""
@@ -33,6 +32,10 @@ FORMS_SHARE = 5
 SWEEP_SECONDS = 3600.0
 
 _INLINE, _POINTER = b"i", b"p"
+
+
+FormName: TypeAlias = tuple[bytes, bytes | None]
+"""A speech's key, and a format as it was asked for; None: the master's own."""
 
 
 class Tags(NamedTuple):
@@ -53,7 +56,7 @@ class Cache:
         self._settings = settings
         forms = settings.memory_bytes // FORMS_SHARE
         self._masters: Lru[bytes, Master] = Lru(settings.memory_bytes - forms, settings.seconds, clock)
-        self._forms: Lru[tuple[bytes, bytes], Any] = Lru(forms, settings.seconds, clock)
+        self._forms: Lru[FormName, Whole] = Lru(forms, settings.seconds, clock)
         self.generations: Generations = {}
         """As far as is known; another object whenever the cache was purged."""
         self._lookups: dict[bytes, asyncio.Task[Master | None]] = {}
@@ -66,7 +69,7 @@ class Cache:
         """A speech that is in memory."""
         master = self._masters.get(key)
         if master is not None:
-            metrics.cache_counter("memory").inc()
+            metrics.CACHE_LOOKUPS.inc("memory")
         return master
 
     async def get(self, key: bytes, tags: Tags) -> Master | None:
@@ -74,14 +77,14 @@ class Cache:
         master = self.here(key)
         if master is not None or not self._store.worth_asking:
             if master is None:
-                metrics.cache_counter("miss").inc()
+                metrics.CACHE_LOOKUPS.inc("miss")
             return master
         lookup = self._lookups.get(key)
         if lookup is None:
             lookup = self._lookups[key] = asyncio.create_task(self._look_up(key, tags))
             lookup.add_done_callback(lambda _: self._lookups.pop(key, None))
         master = await asyncio.shield(lookup)
-        metrics.cache_counter("miss" if master is None else "store").inc()
+        metrics.CACHE_LOOKUPS.inc("miss" if master is None else "store")
         return master
 
     def put(self, key: bytes, tags: Tags, master: Master, asked: Generations) -> None:
@@ -102,14 +105,17 @@ class Cache:
         self._puts.add(task)
         task.add_done_callback(self._puts.discard)
 
-    def form(self, key: bytes, format: bytes) -> tts_pb2.SynthesizeResponse | None:
-        """A speech in memory in another format, as a reply that may not be changed."""
-        form: tts_pb2.SynthesizeResponse | None = self._forms.get((key, format))
-        return form
+    def form(self, name: FormName) -> Whole | None:
+        """A speech in memory in a format, as a reply that may not be changed."""
+        key, format = name
+        if format is not None:
+            return self._forms.get(name)
+        master = self.here(key)
+        return None if master is None else master.reply
 
-    def put_form(self, key: bytes, format: bytes, form: tts_pb2.SynthesizeResponse) -> None:
+    def put_form(self, name: FormName, form: Whole) -> None:
         """Keeps a speech in another format in memory, for as long as it is asked for."""
-        self._forms.put((key, format), form, len(form.audio) + 1024)
+        self._forms.put(name, form, form.audio_bytes + 1024)
 
     async def run(self) -> None:
         """Sees when the cache is purged, and sweeps, until cancelled."""
@@ -146,7 +152,7 @@ class Cache:
             value = await self._store.command("GET", name)
             if value is None:
                 return None
-            data: bytes | None = value[1:]
+            data: bytes | memoryview | None = memoryview(value)[1:]
             if value[:1] == _POINTER:
                 data = await self._objects.get(value[1:].decode())
         except StoreUnavailable:

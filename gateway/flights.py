@@ -19,7 +19,7 @@ from common.settings import Settings
 from common.speech import SpeechMessage
 from common.tape import Abandoned, Tape, is_anothers
 from gateway.backends import open_channel
-from gateway.masters import Master
+from gateway.masters import Master, Whole
 from gateway.pipeline import Turn, forward, forward_stream
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 
@@ -54,7 +54,7 @@ class Flights:
         self._direct: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
         self._closing: set[asyncio.Task[None]] = set()
         self._streams: dict[str, Tape[SpeechMessage]] = {}
-        self._wholes: dict[str, Tape[tts_pb2.SynthesizeResponse]] = {}
+        self._wholes: dict[str, Tape[Whole]] = {}
 
     @property
     def full(self) -> bool:
@@ -72,7 +72,7 @@ class Flights:
 
     async def whole(
         self, wanted: Wanted, request: tts_pb2.SynthesizeRequest, turn: Turn, pay: Pay
-    ) -> tuple[tts_pb2.SynthesizeResponse, bool]:
+    ) -> tuple[Whole, bool]:
         """A speech as one reply, to be read only, and whether another call had asked for it before.
 
         `pay`: awaited before it is asked for, and not by who joins.
@@ -81,13 +81,13 @@ class Flights:
             ChorusError: what became of it instead.
         """
 
-        async def ask() -> AsyncGenerator[tts_pb2.SynthesizeResponse, None]:
-            yield await self._ask(request, turn, wanted)
+        async def ask() -> AsyncGenerator[Whole, None]:
+            yield Whole.of(await self._ask(request, turn, wanted))
 
-        def landed(tape: Tape[tts_pb2.SynthesizeResponse]) -> Master | None:
+        def landed(tape: Tape[Whole]) -> Master | None:
             return Master.of(tape.messages[0]) if tape.complete else None
 
-        messages = self._follow(self._wholes, wanted, turn, pay, ask, landed, size=lambda reply: len(reply.audio))
+        messages = self._follow(self._wholes, wanted, turn, pay, ask, landed, size=lambda reply: reply.audio_bytes)
         async with aclosing(messages):
             async for reply, joined in messages:
                 return reply, joined

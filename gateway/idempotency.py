@@ -91,14 +91,12 @@ class Idempotency:
         self._clock = clock
         self._runs: dict[str, _Run[Any]] = {}
 
-    async def unary(self, keyed: Keyed | None, kind: type[M], make: Callable[[], Awaitable[M]]) -> M:
-        """A call with one message. `make`: runs it; called at most once. Without a key it is just run.
+    async def unary(self, keyed: Keyed, kind: type[M], make: Callable[[], Awaitable[M]]) -> M:
+        """A call with one message. `make`: runs it; called at most once.
 
         Raises:
             ChorusError: as `stream`.
         """
-        if keyed is None:
-            return await make()
 
         async def one() -> AsyncGenerator[M, None]:
             yield await make()
@@ -109,7 +107,7 @@ class Idempotency:
         raise AssertionError("a unary call has a message")
 
     async def stream(
-        self, keyed: Keyed | None, kind: type[M], make: Callable[[], AsyncGenerator[M, None]]
+        self, keyed: Keyed, kind: type[M], make: Callable[[], AsyncGenerator[M, None]]
     ) -> AsyncGenerator[M, None]:
         """A call with several messages. `kind`: of message. `make`: runs it; called at most once.
 
@@ -118,21 +116,6 @@ class Idempotency:
             Aborted: it runs elsewhere, and does not end in time.
             ChorusError: what `make` raised, now or when it was run.
         """
-        messages = make() if keyed is None else self._keyed(keyed, kind, make)
-        async with aclosing(messages):
-            async for message in messages:
-                yield message
-
-    async def run(self) -> None:
-        """Forgets what is old, now and then, until cancelled."""
-        while True:
-            with suppress(StoreUnavailable):
-                await self._objects.sweep("claims", days=int(KEPT_SECONDS // 86_400) + 1)
-            await asyncio.sleep(SWEEP_SECONDS)
-
-    async def _keyed(
-        self, keyed: Keyed, kind: type[M], make: Callable[[], AsyncGenerator[M, None]]
-    ) -> AsyncGenerator[M, None]:
         while True:
             run = self._runs.get(keyed.name)
             joined = run is not None and run.tape.joinable
@@ -157,6 +140,13 @@ class Idempotency:
                 if isinstance(error, ChorusError):
                     raise
                 raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED") from None
+
+    async def run(self) -> None:
+        """Forgets what is old, now and then, until cancelled."""
+        while True:
+            with suppress(StoreUnavailable):
+                await self._objects.sweep("claims", days=int(KEPT_SECONDS // 86_400) + 1)
+            await asyncio.sleep(SWEEP_SECONDS)
 
     def _start(self, keyed: Keyed, kind: type[M], make: Callable[[], AsyncGenerator[M, None]]) -> _Run[M]:
         run: _Run[M] = _Run(keyed)

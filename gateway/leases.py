@@ -49,6 +49,9 @@ class Taken:
     """From what this gateway may spend without the ledger: so a refund goes there too."""
 
 
+FROM_LEDGER = Taken(alone=False)
+
+
 @dataclass
 class _Promise:
     """When those who are refused may come again: one by one, as fast as the bucket fills."""
@@ -105,7 +108,7 @@ class Pool:
         if not self._queue and cost <= self.at_hand:
             self.at_hand -= cost
             self._spent_at = now
-            return Taken(alone=False)
+            return FROM_LEDGER
         if self._promise is not None and cost >= self._promise.cost and self._promise.holds(now):
             return self._promise.refuse(cost, now)
         if len(self._queue) >= MAX_QUEUED:
@@ -164,7 +167,7 @@ class Pool:
                     self._promise = None
                     self._serve(Taken(alone=got.alone))
                     continue
-                self._serve(Taken(alone=False))
+                self._serve(FROM_LEDGER)
         finally:
             self._asking = None
             while self._queue:  # only if this was cancelled

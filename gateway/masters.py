@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import struct
+import zlib
 from collections.abc import Iterable, Iterator
 
 from google.protobuf.message import DecodeError
@@ -13,65 +14,111 @@ from protos.chorus.v1 import tts_pb2
 
 CHUNK_SECONDS = 0.5
 """Of a replay's chunks. The reader sets the pace, so they are as large as is handy."""
-DIGEST_BYTES = 16
+
+_HEAD = struct.Struct(">II")
+
+
+class Whole:
+    """A whole speech as one reply: its audio as bytes of the reply, ready to leave, and all the rest as a message.
+
+    The bytes of a message's fields, one after the other, are those of the message: so the audio, which is nearly all of
+    it and the same for all callers, is neither copied into messages nor out of them, and each caller has the rest as
+    its own. To gRPC and to idempotency keys it looks like the message.
+    """
+
+    __slots__ = ("audio_bytes", "rest", "sound")
+
+    def __init__(self, rest: tts_pb2.SynthesizeResponse, sound: bytes | memoryview, audio_bytes: int) -> None:
+        """`rest`: a reply without audio. `sound`: the bytes of a reply with so much audio and nothing else."""
+        self.rest = rest
+        self.sound = sound
+        self.audio_bytes = audio_bytes
+
+    @classmethod
+    def of(cls, reply: tts_pb2.SynthesizeResponse) -> Whole:
+        """A reply's, which becomes its rest."""
+        audio = reply.audio
+        reply.ClearField("audio")
+        return cls(reply, tts_pb2.SynthesizeResponse(audio=audio).SerializeToString(), len(audio))
+
+    @property
+    def audio(self) -> memoryview:
+        """What is heard. A field that stands alone ends with what it holds."""
+        return memoryview(self.sound)[len(self.sound) - self.audio_bytes :]
+
+    def for_caller(self, request_id: str) -> Whole:
+        """The same for a call: what is not audio is its own, and may be changed."""
+        rest = tts_pb2.SynthesizeResponse()
+        rest.CopyFrom(self.rest)
+        rest.start.request_id = request_id
+        return Whole(rest, self.sound, self.audio_bytes)
+
+    def message(self) -> tts_pb2.SynthesizeResponse:
+        """All of it as a message."""
+        return tts_pb2.SynthesizeResponse.FromString(self.SerializeToString())
+
+    def ByteSize(self) -> int:  # noqa: N802 (as messages call it)
+        """As messages have it."""
+        return len(self.sound) + self.rest.ByteSize()
+
+    def SerializeToString(self) -> bytes:  # noqa: N802 (as messages call it)
+        """As messages have it."""
+        return b"".join((self.sound, self.rest.SerializeToString()))
 
 
 class Master:
     """A complete speech in RAW PCM_S16LE at its engine's rate. Never changed."""
 
-    def __init__(self, reply: tts_pb2.SynthesizeResponse) -> None:
+    def __init__(self, reply: Whole) -> None:
         """`reply`: not changed by anybody from now on."""
-        self._reply = reply
-        self.made_as = reply.start.cache_status
+        self.reply = reply
+        """To be read only."""
+        rest = reply.rest
+        self.made_as = rest.start.cache_status
         """How its backend made it: MISS, or BYPASS if not under the key that it was asked for."""
-        self.size = len(reply.audio) + 64 * len(reply.marks) + 512
+        self.size = reply.audio_bytes + 64 * len(rest.marks) + 512
         """Bytes, about."""
-        self.seconds = reply.end.sample_count / reply.start.format.sample_rate_hertz
+        self.seconds = rest.end.sample_count / rest.start.format.sample_rate_hertz
 
     @classmethod
-    def of(cls, reply: tts_pb2.SynthesizeResponse) -> Master | None:
+    def of(cls, whole: Whole) -> Master | None:
         """A reply's; None if it is not complete."""
-        end = reply.end
-        whole = end.finish_reason == tts_pb2.FINISH_REASON_COMPLETE and end.sample_count > 0
-        whole = whole and len(reply.audio) == end.sample_count * SAMPLE_BYTES
-        if not whole or reply.start.format.container != tts_pb2.CONTAINER_RAW:
+        end = whole.rest.end
+        complete = end.finish_reason == tts_pb2.FINISH_REASON_COMPLETE and end.sample_count > 0
+        complete = complete and whole.audio_bytes == end.sample_count * SAMPLE_BYTES
+        if not complete or whole.rest.start.format.container != tts_pb2.CONTAINER_RAW:
             return None
-        kept = tts_pb2.SynthesizeResponse()
-        kept.CopyFrom(reply)
-        kept.start.ClearField("request_id")
+        kept = whole.for_caller("").rest
         kept.end.ClearField("timings")
-        master = cls(kept)
+        master = cls(Whole(kept, whole.sound, whole.audio_bytes))
         kept.start.cache_status = tts_pb2.CACHE_STATUS_HIT
         return master
 
     @classmethod
     def of_messages(cls, messages: Iterable[SpeechMessage]) -> Master | None:
         """A stream's; None if it is not complete."""
-        return cls.of(gathered(messages))
+        return cls.of(Whole.of(gathered(messages)))
 
     @property
-    def start(self) -> tts_pb2.StreamStart:
-        """Its facts; to be read only."""
-        return self._reply.start
+    def rate(self) -> int:
+        """Of its samples, in hertz."""
+        return self.reply.rest.start.format.sample_rate_hertz
 
-    def whole(self, request_id: str) -> tts_pb2.SynthesizeResponse:
-        """The speech as one reply, which may be changed."""
-        reply = tts_pb2.SynthesizeResponse()
-        reply.CopyFrom(self._reply)
-        reply.start.request_id = request_id
-        return reply
+    def whole(self, request_id: str) -> Whole:
+        """The speech as one reply to a call."""
+        return self.reply.for_caller(request_id)
 
     def messages(self, request_id: str) -> Iterator[SpeechMessage]:
         """The speech as a stream, whose messages may be changed."""
-        reply = self._reply
+        reply, audio, at = self.reply.rest, self.reply.audio, 0
         start, end = tts_pb2.StreamStart(), tts_pb2.StreamEnd()
         start.CopyFrom(reply.start)
         start.request_id = request_id
-        marks, audio, at = list(reply.marks), reply.audio, 0
+        marks = reply.marks
         step = int(CHUNK_SECONDS * start.format.sample_rate_hertz)
         yield start
         for sequence, sample in enumerate(range(0, reply.end.sample_count, step)):
-            data = audio[sample * SAMPLE_BYTES : (sample + step) * SAMPLE_BYTES]
+            data = bytes(audio[sample * SAMPLE_BYTES : (sample + step) * SAMPLE_BYTES])
             yield tts_pb2.AudioChunk(data=data, sequence=sequence, start_sample=sample)
             while at < len(marks) and marks[at].end_sample <= sample + step:
                 mark = tts_pb2.SegmentMark()
@@ -82,18 +129,24 @@ class Master:
         yield end
 
     def to_bytes(self, key: bytes) -> bytes:
-        """As it is kept under a key."""
-        data = self._reply.SerializeToString()
-        return _digest(key, data) + data
+        """As it is kept under a key: a checksum, how long all but the audio is, that, and the audio."""
+        rest, sound = self.reply.rest.SerializeToString(), self.reply.sound
+        head = _HEAD.pack(_checksum(key, rest, sound), len(rest))
+        return b"".join((head, rest, sound))
 
     @classmethod
-    def from_bytes(cls, key: bytes, data: bytes) -> Master | None:
-        """As it was kept under a key; None if it is damaged, or was not kept under this key."""
-        digest, body = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
-        if digest != _digest(key, body):
+    def from_bytes(cls, key: bytes, data: bytes | memoryview) -> Master | None:
+        """As it was kept under a key; None if it is damaged, or was not kept under this key. It holds on to `data`."""
+        view = memoryview(data)
+        if len(view) < _HEAD.size:
+            return None
+        checksum, length = _HEAD.unpack_from(view)
+        rest, sound = bytes(view[_HEAD.size : _HEAD.size + length]), view[_HEAD.size + length :]
+        if checksum != _checksum(key, rest, sound):
             return None
         try:
-            return cls(tts_pb2.SynthesizeResponse.FromString(body))
+            told = tts_pb2.SynthesizeResponse.FromString(rest)
+            return cls(Whole(told, sound, told.end.sample_count * SAMPLE_BYTES))
         except (DecodeError, ZeroDivisionError):
             return None
 
@@ -115,5 +168,9 @@ def gathered(messages: Iterable[SpeechMessage]) -> tts_pb2.SynthesizeResponse:
     return reply
 
 
-def _digest(key: bytes, body: bytes) -> bytes:
-    return hashlib.blake2b(body, digest_size=DIGEST_BYTES, key=key[:64]).digest()
+def _checksum(key: bytes, rest: bytes, sound: bytes | memoryview) -> int:
+    """Against damage, not against malice: who can write to the store can make any checksum.
+
+    A cryptographic digest of the audio took six times as long, which was a quarter of a large hit from the store.
+    """
+    return zlib.crc32(sound, zlib.crc32(rest, zlib.crc32(key)))

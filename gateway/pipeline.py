@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
+from pydantic import SecretStr
 
 from common.calls import Call, Context, current_call
 from common.errors import DeadlineExceeded
@@ -37,17 +37,24 @@ StreamMethod: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[Any, Any] | grpc.ai
 Reply = TypeVar("Reply", bound=Any)
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """A call that has its turn: what its backends are told, and how long they have."""
 
     call: Call
     admission: Admission
     deadline: float
     """On the monotonic clock, in seconds."""
-    metadata: Metadata
-    asked: Metadata
-    """The caller's own."""
+    secret: SecretStr | None
+    """What proves to backends that this is a gateway."""
+    more: Metadata = ()
+    """What backends are told besides."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """What a backend is told of the caller. Nothing of the caller's own metadata passes."""
+        call = self.call
+        haste = () if call.priority == "interactive" else ((PRIORITY, call.priority),)
+        return ((REQUEST_ID, call.request_id), *internal_metadata(self.secret, call.tenant), *haste, *self.more)
 
     @property
     def timeout(self) -> float:
@@ -64,11 +71,11 @@ class Turn:
     def shared(self, most_seconds: float) -> Turn:
         """The same turn for a call that others may join, who may wait longer: they end it when nobody waits."""
         patience = (INTERNAL_DEADLINE, str(round(self.timeout * 1000)))
-        return replace(self, deadline=time.monotonic() + most_seconds, metadata=(*self.metadata, patience))
+        return self._replace(deadline=time.monotonic() + most_seconds, more=(*self.more, patience))
 
     def saying(self, *pairs: tuple[str, str]) -> Turn:
         """The same turn, with more metadata."""
-        return replace(self, metadata=(*self.metadata, *pairs))
+        return self._replace(more=(*self.more, *pairs))
 
 
 class Pipeline:
@@ -85,13 +92,12 @@ class Pipeline:
     ) -> Reply:
         """A call with one reply. `make`: makes it, once it has its turn."""
         call = current_call()
-        self._set_priority()
+        self._set_priority(call)
         deadline = self._deadline(context)
-        keyed = self._keyed(request, context, deadline)
+        keyed = self._keyed(call, request, deadline)
         async with self._limiter.admitted(call.tenant, call.priority) as admission:
-            asked = as_metadata(context.invocation_metadata())
-            turn = Turn(call, admission, deadline, self._metadata(), asked)
-            return await self._idempotency.unary(keyed, kind, lambda: make(turn))
+            turn = Turn(call, admission, deadline, self._settings.secret)
+            return await (make(turn) if keyed is None else self._idempotency.unary(keyed, kind, lambda: make(turn)))
 
     async def stream(
         self,
@@ -102,26 +108,24 @@ class Pipeline:
     ) -> AsyncGenerator[Reply, None]:
         """A call with a stream of replies. `request`: None: it is a stream too, which cannot be told twice."""
         call = current_call()
-        self._set_priority()
+        self._set_priority(call)
         deadline = self._deadline(context)
-        keyed = None if request is None else self._keyed(request, context, deadline)
+        keyed = None if request is None else self._keyed(call, request, deadline)
         async with self._limiter.admitted(call.tenant, call.priority) as admission:
-            asked = as_metadata(context.invocation_metadata())
-            turn = Turn(call, admission, deadline, self._metadata(), asked)
-            async with aclosing(self._idempotency.stream(keyed, kind, lambda: make(turn))) as replies:
+            turn = Turn(call, admission, deadline, self._settings.secret)
+            replies = make(turn) if keyed is None else self._idempotency.stream(keyed, kind, lambda: make(turn))
+            async with aclosing(replies):
                 async for reply in replies:
                     yield reply
 
-    def _keyed(self, request: Message, context: Context, deadline: float) -> Keyed | None:
-        key = read_key(as_metadata(context.invocation_metadata()))
+    def _keyed(self, call: Call, request: Message, deadline: float) -> Keyed | None:
+        key = read_key(call.metadata)
         if key is None:
             return None
-        call = current_call()
         return Keyed(call.tenant, call.method, key, fingerprint(request), deadline)
 
-    def _set_priority(self) -> None:
+    def _set_priority(self, call: Call) -> None:
         """A tenant whose work is batch work makes no other, whatever its calls say."""
-        call = current_call()
         if self._tenants.get(call.tenant).priority == "batch":
             call.priority = "batch"
 
@@ -136,18 +140,12 @@ class Pipeline:
             )
         return time.monotonic() + allowed - margin
 
-    def _metadata(self) -> Metadata:
-        """What a backend is told of the caller. Nothing of the caller's own metadata passes."""
-        call = current_call()
-        told = ((REQUEST_ID, call.request_id), *internal_metadata(self._settings, call.tenant))
-        return told if call.priority == "interactive" else (*told, (PRIORITY, call.priority))
 
-
-def internal_metadata(settings: Settings, tenant: str) -> Metadata:
+def internal_metadata(secret: SecretStr | None, tenant: str) -> Metadata:
     """What gateways say to backends of a tenant, and to prove that they are gateways."""
     told: Metadata = ((INTERNAL_TENANT, tenant),)
-    if settings.secret is not None:
-        told += ((INTERNAL_SECRET, settings.secret.get_secret_value()),)
+    if secret is not None:
+        told += ((INTERNAL_SECRET, secret.get_secret_value()),)
     return told
 
 

@@ -106,7 +106,7 @@ async def open_stores(settings: Settings) -> AsyncIterator[tuple[Store, Store]]:
 def _revision(settings: Settings, channel: grpc.aio.Channel) -> Revision:
     """What the backends announce."""
     info: tts_pb2_grpc.ServerInfoServiceAsyncStub = tts_pb2_grpc.ServerInfoServiceStub(channel)
-    metadata = internal_metadata(settings, "gateway")
+    metadata = internal_metadata(settings.secret, "gateway")
     return Revision(lambda: info.GetServerInfo(tts_pb2.GetServerInfoRequest(), metadata=metadata))
 
 
@@ -156,7 +156,7 @@ def _plain(url: SecretStr | None) -> str | None:
 
 
 def _register(servicer: Servicer, server: Server) -> None:
-    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(servicer, server.grpc)
-    tts_pb2_grpc.add_VoiceServiceServicer_to_server(servicer, server.grpc)
-    tts_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicer, server.grpc)
-    tts_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(), server.grpc)
+    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(servicer, server.methods)
+    tts_pb2_grpc.add_VoiceServiceServicer_to_server(servicer, server.methods)
+    tts_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicer, server.methods)
+    tts_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(), server.methods)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
 
 import grpc.aio
 
 from common.calls import Context
 from common.errors import Unimplemented
+from gateway.masters import Whole
 from gateway.pipeline import Pipeline, Turn, forward
 from gateway.speech import Speech
 from gateway.transcoder import Transcoder
@@ -29,14 +31,15 @@ class Servicer(
         self._voices: tts_pb2_grpc.VoiceServiceAsyncStub = tts_pb2_grpc.VoiceServiceStub(channel)
         self._info: tts_pb2_grpc.ServerInfoServiceAsyncStub = tts_pb2_grpc.ServerInfoServiceStub(channel)
 
-    async def Synthesize(self, request: tts_pb2.SynthesizeRequest, context: Context) -> tts_pb2.SynthesizeResponse:
-        """Spoken in plain samples, and encoded."""
+    async def Synthesize(self, request: tts_pb2.SynthesizeRequest, context: Context) -> Any:
+        """Spoken in plain samples, and encoded. What it returns looks like a reply."""
 
-        async def make(turn: Turn) -> tts_pb2.SynthesizeResponse:
-            if (form := self._speech.form(request, turn)) is not None:
+        async def make(turn: Turn) -> Whole:
+            asked = self._speech.asked(request, turn)
+            if (form := self._speech.form(asked, turn)) is not None:
                 return form
-            reply = await self._transcoder.whole(request, lambda plain: self._speech.whole(plain, turn))
-            return self._speech.keep_form(request, turn, reply)
+            reply = await self._transcoder.whole(request, lambda plain: self._speech.whole(plain, asked, turn))
+            return self._speech.keep_form(asked, reply)
 
         return await self._pipeline.unary(request, context, tts_pb2.SynthesizeResponse, make)
 

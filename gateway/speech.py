@@ -8,16 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
 
 from audio.frames import SAMPLE_BYTES
 from common import metrics
-from common.encoding import max_reply_seconds, too_long
+from common.encoding import max_reply_bytes, max_reply_seconds, too_long
 from common.errors import ChorusError, NotFound
 from common.generations import Generations
 from common.keys import DEFAULT_VOICE, canonical_text, speech_key
@@ -33,11 +32,11 @@ from common.metadata import (
 from common.settings import Settings
 from common.spans import restorer
 from common.speech import SpeechMessage, as_field, read_wish
-from gateway.cache import Cache, Tags
+from gateway.cache import Cache, FormName, Tags
 from gateway.estimate import Estimator, Spoken
 from gateway.flights import Flights, Wanted
 from gateway.limiter import Admission
-from gateway.masters import Master
+from gateway.masters import Master, Whole
 from gateway.pipeline import Turn, forward, forward_stream
 from gateway.revision import Revision
 from gateway.tenants import Tenants
@@ -51,18 +50,35 @@ CACHE_TRAILER = "x-chorus-cache"
 TIMING_TRAILER = "server-timing"
 """Why a call was fast or slow, in the form of the W3C's Server Timing."""
 
+REMEMBERED = 1024
+"""Requests whose names are remembered …"""
+REMEMBERED_BYTES = 4096
+"""… if they are no longer than this."""
+STATUS_NAMES = {number: name.removeprefix("CACHE_STATUS_") for name, number in tts_pb2.CacheStatus.items()}
+
 OUR_FAILURES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED})
 """Nobody pays for what ends so."""
 
 
-@dataclass(frozen=True, slots=True)
-class Control:
-    """What a caller says of the cache."""
+class Named(NamedTuple):
+    """Under what a speech is found."""
 
+    key: bytes | None
+    """None: nothing that could be found or shared."""
+    tags: Tags
+    """By what it is purged."""
+    form: FormName | None
+    """Under what it is kept as its caller wants it; None: it is not."""
+    canonical: bool
+    """Its text is the key's own, and so are its marks."""
+
+
+class Asked(NamedTuple):
+    """What a call for a whole text asks for, read once."""
+
+    named: Named
     look: bool
-    """Answer from it."""
-    keep: bool
-    """Put the answer into it, and share it while it is made."""
+    """Answer from the cache."""
     only: bool
     """Answer from it or not at all."""
 
@@ -87,68 +103,58 @@ class Speech:
         self._estimator = Estimator()
         self._backend: tts_pb2_grpc.TextToSpeechServiceAsyncStub = tts_pb2_grpc.TextToSpeechServiceStub(channel)
 
-    async def whole(self, request: tts_pb2.SynthesizeRequest, turn: Turn) -> tts_pb2.SynthesizeResponse:
+    async def whole(self, request: tts_pb2.SynthesizeRequest, asked: Asked, turn: Turn) -> Whole:
         """A text as one piece. The reply is the caller's own."""
-        control = self._control(turn)
-        wanted, tags = self._wanted(request, turn, control)
-        restore = restorer(request.text)
-        if (master := await self._found(wanted, tags, control)) is not None:
-            if master.seconds > max_reply_seconds(master.start.format.sample_rate_hertz, self._settings.limits):
+        restore = None if asked.named.canonical else restorer(request.text)
+        if (master := await self._found(asked)) is not None:
+            if master.seconds > max_reply_seconds(master.rate, self._settings.limits):
                 raise too_long()
             reply = master.whole(turn.call.request_id)
-        elif wanted is None or not self._shareable(wanted):
+        elif (wanted := self._wanted(asked, turn)) is None:
             restore = None  # its own text was spoken
             reply = await self._alone(request, turn)
         else:
             reply = await self._together(wanted, _canonical(request), turn)
         if restore is not None:
-            for mark in reply.marks:
+            for mark in reply.rest.marks:
                 restore(mark)
-        _tell(turn, reply.start.cache_status, reply.end, _ms_since(turn.call.arrived))
+        _tell(turn, reply.rest.start.cache_status, reply.rest.end, _ms_since(turn.call.arrived))
         return reply
 
-    def form(self, request: tts_pb2.SynthesizeRequest, turn: Turn) -> tts_pb2.SynthesizeResponse | None:
-        """A text as one piece in its caller's format, if it was encoded before and is in memory."""
-        key = self._form_key(request, turn)
-        form = None if key is None else self._cache.form(key, request.format.SerializeToString(deterministic=True))
+    def form(self, asked: Asked, turn: Turn) -> Whole | None:
+        """A text as one piece, if it is in memory in its caller's format: what is hot goes no further than this."""
+        name = asked.named.form
+        form = self._cache.form(name) if name is not None and asked.look else None
         if form is None:
             return None
-        reply = tts_pb2.SynthesizeResponse()
-        reply.CopyFrom(form)
-        reply.start.request_id = turn.call.request_id
-        metrics.AUDIO_SECONDS_SAVED.inc(reply.end.sample_count / reply.start.format.sample_rate_hertz)
-        _tell(turn, reply.start.cache_status, reply.end, _ms_since(turn.call.arrived))
+        start, limits = form.rest.start, self._settings.limits
+        seconds = form.rest.end.sample_count / start.format.sample_rate_hertz
+        if seconds > limits.unary_audio_seconds or form.audio_bytes > max_reply_bytes(limits):
+            return None  # `whole` will say so
+        metrics.AUDIO_SECONDS_SAVED.inc(by=seconds)
+        reply = form.for_caller(turn.call.request_id)
+        _tell(turn, start.cache_status, reply.rest.end, _ms_since(turn.call.arrived))
         return reply
 
-    def keep_form(
-        self, request: tts_pb2.SynthesizeRequest, turn: Turn, reply: tts_pb2.SynthesizeResponse
-    ) -> tts_pb2.SynthesizeResponse:
+    def keep_form(self, asked: Asked, reply: Whole) -> Whole:
         """Keeps what was encoded, if it is asked for again and again: it was a hit. Returns it."""
-        key = self._form_key(request, turn)
-        if key is not None and reply.start.cache_status == tts_pb2.CACHE_STATUS_HIT:
-            form = tts_pb2.SynthesizeResponse()
-            form.CopyFrom(reply)
-            form.end.ClearField("timings")
-            self._cache.put_form(key, request.format.SerializeToString(deterministic=True), form)
+        name = asked.named.form
+        hit = reply.rest.start.cache_status == tts_pb2.CACHE_STATUS_HIT
+        if hit and name is not None and name[1] is not None:
+            form = reply.for_caller("")
+            form.rest.end.ClearField("timings")
+            self._cache.put_form(name, form)
         return reply
-
-    def _form_key(self, request: tts_pb2.SynthesizeRequest, turn: Turn) -> bytes | None:
-        """Under what its forms are kept; None: none are. Marks are the caller's own, so its text must be the key's."""
-        if is_plain(request.format) or not self._control(turn).look or restorer(request.text) is not None:
-            return None
-        key = self._key(request, turn)
-        return None if read_wish(request.format)[0] is None else key
 
     async def stream(
         self, request: tts_pb2.StreamSynthesizeRequest, turn: Turn
     ) -> AsyncGenerator[tts_pb2.StreamSynthesizeResponse, None]:
         """A text as it is spoken. The replies are the caller's own."""
-        control = self._control(turn)
-        wanted, tags = self._wanted(request, turn, control)
-        restore = restorer(request.text)
-        if (master := await self._found(wanted, tags, control)) is not None:
+        asked = self.asked(request, turn)
+        restore = None if asked.named.canonical else restorer(request.text)
+        if (master := await self._found(asked)) is not None:
             messages = _replayed(master, turn)
-        elif wanted is None or not self._shareable(wanted):
+        elif (wanted := self._wanted(asked, turn)) is None:
             restore = None  # its own text is spoken
             messages = self._stream_alone(request, turn)
         else:
@@ -192,34 +198,30 @@ class Speech:
 
     # -- where it comes from ------------------------------------------------------------------------------------------
 
-    async def _found(self, wanted: Wanted | None, tags: Tags, control: Control) -> Master | None:
+    async def _found(self, asked: Asked) -> Master | None:
         """The speech from the cache, if it is there and may be heard.
 
         Raises:
             NotFound: it is not there, and the caller wants nothing else.
         """
-        if wanted is not None and control.look:
-            master = await self._cache.get(wanted.key, tags)
+        if asked.named.key is not None and asked.look:
+            master = await self._cache.get(asked.named.key, asked.named.tags)
             if master is not None:
-                metrics.AUDIO_SECONDS_SAVED.inc(master.seconds)
+                metrics.AUDIO_SECONDS_SAVED.inc(by=master.seconds)
                 return master
-        if control.only:
+        if asked.only:
             raise NotFound("this speech is not in the cache", "NOT_CACHED")
         return None
 
-    async def _together(
-        self, wanted: Wanted, request: tts_pb2.SynthesizeRequest, turn: Turn
-    ) -> tts_pb2.SynthesizeResponse:
+    async def _together(self, wanted: Wanted, request: tts_pb2.SynthesizeRequest, turn: Turn) -> Whole:
         """Made for this caller and all who ask for the same meanwhile."""
         pay = partial(turn.admission.hold, self._estimator.seconds(request))
         with _settled(turn.admission, lambda: self._flights.goes_on(wanted)) as meter:
             shared, joined = await self._flights.whole(wanted, request, turn, pay)
-            reply = tts_pb2.SynthesizeResponse()
-            reply.CopyFrom(shared)
+            reply = shared.for_caller(turn.call.request_id)
             if joined:
-                reply.start.cache_status = tts_pb2.CACHE_STATUS_COALESCED
-            reply.start.request_id = turn.call.request_id
-            meter.hear_whole(reply)
+                reply.rest.start.cache_status = tts_pb2.CACHE_STATUS_COALESCED
+            meter.hear_whole(reply.rest)
         self._learn(request, meter)
         return reply
 
@@ -240,13 +242,13 @@ class Speech:
                     yield message
         self._learn(request, meter)
 
-    async def _alone(self, request: tts_pb2.SynthesizeRequest, turn: Turn) -> tts_pb2.SynthesizeResponse:
+    async def _alone(self, request: tts_pb2.SynthesizeRequest, turn: Turn) -> Whole:
         await turn.admission.hold(self._estimator.seconds(request))
         with _settled(turn.admission) as meter:
             reply: tts_pb2.SynthesizeResponse = await forward(self._backend.Synthesize, request, turn)
             meter.hear_whole(reply)
         self._learn(request, meter)
-        return reply
+        return Whole.of(reply)
 
     async def _stream_alone(
         self, request: tts_pb2.StreamSynthesizeRequest, turn: Turn
@@ -262,17 +264,20 @@ class Speech:
 
     # -- how it is asked for ------------------------------------------------------------------------------------------
 
-    def _control(self, turn: Turn) -> Control:
-        words = (text_value(turn.asked, CACHE_CONTROL) or "").lower()
-        said = {word.strip() for word in words.split(",")}
+    def asked(self, request: Spoken, turn: Turn) -> Asked:
+        """What a call asks for, in whatever format."""
+        said = _cache_control(turn)
         keep = self._settings.cache.enabled and "no-store" not in said
         look = keep and "no-cache" not in said
-        only = text_value(turn.asked, ONLY_CACHED) not in (None, "", "0", "false") or "only-if-cached" in said
-        return Control(look, keep, only)
+        only = text_value(turn.call.metadata, ONLY_CACHED) not in (None, "", "0", "false") or "only-if-cached" in said
+        named = self._named(request, turn)
+        if named.key is not None and keep:
+            turn.call.facts["cache_key"] = named.key.hex()
+        return Asked(named if keep else named._replace(key=None), look, only)
 
     def _sharing(self, turn: Turn) -> Turn:
         """The turn of a text that is being written, which says with whom its segments are shared."""
-        if not self._control(turn).look:
+        if not self._settings.cache.enabled or {"no-store", "no-cache"} & _cache_control(turn):
             return turn
         sharing: Sharing = "tenant" if self._scope(turn) else "all"
         return turn.saying((INTERNAL_SHARING, sharing))
@@ -282,27 +287,20 @@ class Speech:
         tenant = self._tenants.get(turn.call.tenant)
         return tenant.name if tenant.cache_scope == "tenant" else ""
 
-    def _wanted(self, request: Spoken, turn: Turn, control: Control) -> tuple[Wanted | None, Tags]:
-        """What is asked for, None: nothing that could be found or shared; and by what it is purged."""
-        revision = self._revision.current
-        tags = Tags(request.voice or DEFAULT_VOICE, revision or "")
-        # What is faulty goes on as it is: the service tells all that is wrong with it.
-        if revision is None or not control.keep or not is_plain(request.format):
-            return None, tags
-        key = self._key(request, turn)
-        assert key is not None
-        turn.call.facts["cache_key"] = key.hex()
-        return Wanted(
-            key, revision, turn.call.priority, partial(self._landed, key, tags, self._cache.generations)
-        ), tags
+    def _named(self, request: Spoken, turn: Turn) -> Named:
+        """Under what it is found by this caller."""
+        words = request.SerializeToString(deterministic=True)
+        name = _name if len(words) <= REMEMBERED_BYTES else _name.__wrapped__
+        return name(words, self._revision.current or "", self._scope(turn))
 
-    def _key(self, request: Spoken, turn: Turn) -> bytes | None:
-        if self._revision.current is None:
+    def _wanted(self, asked: Asked, turn: Turn) -> Wanted | None:
+        """What others may ask for too; None: nobody shares it, or there is no room for what is shared."""
+        key, tags, _, _ = asked.named
+        if key is None:
             return None
-        return speech_key(request, self._revision.current, self._scope(turn))
-
-    def _shareable(self, wanted: Wanted) -> bool:
-        return self._flights.running(wanted) or not self._flights.full
+        landed = partial(self._landed, key, tags, self._cache.generations)
+        wanted = Wanted(key, tags.revision, turn.call.priority, landed)
+        return wanted if self._flights.running(wanted) or not self._flights.full else None
 
     def _landed(self, key: bytes, tags: Tags, asked: Generations, master: Master) -> None:
         """A speech is whole. One of another revision than its key's is not kept."""
@@ -360,14 +358,14 @@ class _Meter:
         self._samples = reply.end.sample_count
         self.complete = reply.end.finish_reason == tts_pb2.FINISH_REASON_COMPLETE
         if self._shared:
-            metrics.AUDIO_SECONDS_SAVED.inc(self.seconds)
+            metrics.AUDIO_SECONDS_SAVED.inc(by=self.seconds)
 
     def hear_trailers(self, trailers: Metadata) -> None:
         """What the backend says in the end."""
         made = text_value(trailers, INTERNAL_MADE)
         if made is not None:
             self._made = float(made)
-            metrics.AUDIO_SECONDS_SAVED.inc(max(0.0, self.seconds - self._made))
+            metrics.AUDIO_SECONDS_SAVED.inc(by=max(0.0, self.seconds - self._made))
 
     def _start(self, start: tts_pb2.StreamStart) -> None:
         self._rate = start.format.sample_rate_hertz
@@ -400,6 +398,24 @@ async def _replayed(master: Master, turn: Turn) -> AsyncGenerator[SpeechMessage,
         yield message
 
 
+@lru_cache(maxsize=REMEMBERED)
+def _name(words: bytes, revision: str, scope: str) -> Named:
+    """Under what a request is found. Remembered, since what is hot is asked for again in the same words.
+
+    `words`: the request's, of whichever kind: on the wire they are the same. `revision`: empty where none is known yet.
+    """
+    request = tts_pb2.SynthesizeRequest.FromString(words)
+    canonical = canonical_text(request.text) == request.text
+    tags = Tags(request.voice or DEFAULT_VOICE, revision)
+    # What is faulty goes on as it is: the service tells all that is wrong with it.
+    if not revision or read_wish(request.format)[0] is None:
+        return Named(None, tags, None, canonical)
+    key = speech_key(request, revision, scope)
+    form = None if is_plain(request.format) else request.format.SerializeToString(deterministic=True)
+    # Marks are the caller's own, so a form's text must be the key's.
+    return Named(key, tags, (key, form) if canonical else None, canonical)
+
+
 def _canonical(request: Request) -> Request:
     """The request with its key's own text: whoever shares it asks for the same."""
     text = canonical_text(request.text)
@@ -413,9 +429,9 @@ def _canonical(request: Request) -> Request:
 
 def _tell(turn: Turn, status: Any, end: tts_pb2.StreamEnd, first_ms: float) -> None:
     """Says where the audio came from, and what took how long."""
-    name = tts_pb2.CacheStatus.Name(status).removeprefix("CACHE_STATUS_")
+    name = STATUS_NAMES[status]
     total_ms = _ms_since(turn.call.arrived)
-    metrics.cache_status(name).inc()
+    metrics.CACHE_STATUS.inc(name)
     turn.call.facts["cache"] = name
     turn.call.trail(CACHE_TRAILER, name)
     parts = [f"cache;desc={name}"]
@@ -423,10 +439,17 @@ def _tell(turn: Turn, status: Any, end: tts_pb2.StreamEnd, first_ms: float) -> N
     if end.HasField("timings") and status != tts_pb2.CACHE_STATUS_COALESCED:
         timings = end.timings
         parts += [f"queue;dur={timings.queue_ms:.1f}", f"batch-rows;desc={timings.batch_rows}"]
-        parts.append(f"backend;dur={timings.total_ms:.1f}")
+        parts.append(f'backend;desc="{timings.backend}";dur={timings.total_ms:.1f}')
     else:
-        end.timings.CopyFrom(tts_pb2.Timings(first_audio_ms=first_ms, total_ms=total_ms))
+        end.ClearField("timings")
+        end.timings.first_audio_ms, end.timings.total_ms = first_ms, total_ms
     turn.call.trail(TIMING_TRAILER, ", ".join([*parts, f"total;dur={total_ms:.1f}"]))
+
+
+def _cache_control(turn: Turn) -> frozenset[str]:
+    """What a caller says of the cache, word by word."""
+    words = text_value(turn.call.metadata, CACHE_CONTROL)
+    return frozenset(word.strip() for word in words.lower().split(",")) if words else frozenset()
 
 
 def _ms_since(moment: float) -> float:

@@ -162,7 +162,7 @@ class Tenants:
         self._path = path
         self._seen = _version(path)
         self._registry = Registry({}, {}) if path is None else read_tenants(path)
-        self._known = dict(self._registry.tenants)
+        self._known = {ANYONE: Tenant(ANYONE)} | dict(self._registry.tenants)
 
     def identify(self, metadata: Metadata, peer: str) -> str:
         """The tenant of a call. What a caller says in internal metadata is not heard.

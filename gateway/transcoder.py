@@ -13,6 +13,7 @@ from audio.formats import Codec, Container, Wish
 from common.encoding import Messages, encoded, encoded_whole, reserve
 from common.settings import LimitSettings
 from common.speech import as_field, read_wish
+from gateway.masters import Whole
 from protos.chorus.v1 import tts_pb2
 
 PLAIN_FORMAT = tts_pb2.AudioFormat(container=tts_pb2.CONTAINER_RAW, codec=tts_pb2.CODEC_PCM_S16LE)
@@ -41,15 +42,16 @@ class Transcoder:
     async def whole(
         self,
         request: tts_pb2.SynthesizeRequest,
-        ask: Callable[[tts_pb2.SynthesizeRequest], Awaitable[tts_pb2.SynthesizeResponse]],
-    ) -> tts_pb2.SynthesizeResponse:
+        ask: Callable[[tts_pb2.SynthesizeRequest], Awaitable[Whole]],
+    ) -> Whole:
         """A whole speech. `ask`: forwards a request."""
         wish = _wish(request.format)
         if wish is None:
             return await ask(request)
         with BackgroundEncoder(self._encoders) as encoder:
             reserve(encoder, wish.at(EXPECTED_RATE), EXPECTED_RATE)
-            return await encoded_whole(await ask(_plain(request)), wish.at, encoder, self._limits)
+            plain = await ask(_plain(request))
+            return Whole.of(await encoded_whole(plain.message(), wish.at, encoder, self._limits))
 
     def stream(
         self,

@@ -105,9 +105,9 @@ async def _warm_up(runner: Runner, engine: SpeechEngine) -> None:
 
 
 def _register(servicer: Servicer, server: Server) -> None:
-    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(servicer, server.grpc)
-    tts_pb2_grpc.add_VoiceServiceServicer_to_server(servicer, server.grpc)
-    tts_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicer, server.grpc)
+    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(servicer, server.methods)
+    tts_pb2_grpc.add_VoiceServiceServicer_to_server(servicer, server.methods)
+    tts_pb2_grpc.add_ServerInfoServiceServicer_to_server(servicer, server.methods)
 
 
 def _cache_url(settings: Settings) -> str | None:

@@ -103,7 +103,7 @@ class Servicer(
         rows = self._settings.batcher.unary_rows
         plain = self._flown(request.text, manner, context, Terms(rows, stream=False, expected_steps=steps))
         bounded_plain = bounded(plain, self._settings.limits)
-        return await collected(self._encoded(bounded_plain, manner, context), self._settings.limits)
+        return await collected(self._encoded(bounded_plain, manner), self._settings.limits)
 
     async def StreamSynthesize(
         self, request: tts_pb2.StreamSynthesizeRequest, context: Context
@@ -113,7 +113,7 @@ class Servicer(
         steps = estimate_steps(request.text, manner, self._engine)
         rows = self._settings.batcher.stream_rows
         plain = self._flown(request.text, manner, context, Terms(rows, stream=True, expected_steps=steps))
-        async with aclosing(self._encoded(plain, manner, context)) as messages:
+        async with aclosing(self._encoded(plain, manner)) as messages:
             async for message in messages:
                 yield tts_pb2.StreamSynthesizeResponse(**as_field(message))
 
@@ -127,7 +127,7 @@ class Servicer(
                 manner = parse_config(await read_config(request), self._engine)
                 script = WrittenText(request, manner.language, self._settings.limits)
                 plain = self._written(manner, script, context, deadline)
-                async with aclosing(script), aclosing(self._encoded(plain, manner, context)) as messages:
+                async with aclosing(script), aclosing(self._encoded(plain, manner)) as messages:
                     async for message in messages:
                         yield tts_pb2.StreamSynthesizeTextResponse(**as_field(message))
         except TimeoutError:
@@ -201,7 +201,7 @@ class Servicer(
             formats=[wire_format(resolve(container, codec, 0, rate)) for container, codec in SERVED],
         )
 
-    async def _encoded(self, plain: Messages, manner: Manner, context: Context) -> Messages:
+    async def _encoded(self, plain: Messages, manner: Manner) -> Messages:
         """A speech in its caller's format. It does not begin before there is room to encode it."""
         call = current_call()
         self._load.count_call()

@@ -16,6 +16,7 @@ import pytest_asyncio
 from google.rpc import error_details_pb2
 from structlog.testing import capture_logs
 
+from common import calls
 from common.calls import Context
 from common.errors import DEBUG_BYTES
 from common.server import Server as FrameServer
@@ -354,7 +355,7 @@ async def broken_server(debug: bool) -> AsyncIterator[Any]:
     address = f"127.0.0.1:{free_port()}"
     service = "chorus.v1.TextToSpeechService"
     server = FrameServer(Settings(debug=debug), [service], identify=lambda metadata, peer: "anyone")
-    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(Broken(), server.grpc)
+    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(Broken(), server.methods)
     await server.start(address)
     try:
         async with grpc.aio.insecure_channel(address) as channel:
@@ -394,3 +395,12 @@ async def test_bytes_that_are_no_message_in_the_middle_of_a_stream() -> None:
         await call.write(b"\xff")
         failed = await failure(call.read())
         assert (failed.code, failed.reason) == (grpc.StatusCode.INTERNAL, "MALFORMED_MESSAGE")
+
+
+async def test_a_message_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "RECEIVE_SECONDS", 0.1)
+    with capture_logs() as logs:
+        async with broken_server(debug=False) as channel:
+            failed = await failure(channel.stream_unary(f"{SPEECH}/Synthesize")())
+    assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "MESSAGE_MISSING")
+    assert [line["code"] for line in logs if line["event"] == "call"] == ["UNIMPLEMENTED"]

@@ -21,7 +21,7 @@ from common.settings import CacheSettings, StoreSettings
 from common.spans import restorer
 from common.store import Store
 from gateway.cache import Cache, Tags, purge, purge_key
-from gateway.masters import Master, gathered
+from gateway.masters import Master, Whole, gathered
 from protos.chorus.v1 import tts_pb2
 from tests.stack import free_port
 from tests.valkey import Valkey
@@ -51,7 +51,7 @@ def reply(samples: int = 1500, marks: tuple[int, ...] = (700, 1500), **fields: A
 
 
 def master(samples: int = 1500) -> Master:
-    made = Master.of(reply(samples))
+    made = Master.of(Whole.of(reply(samples)))
     assert made is not None
     return made
 
@@ -73,7 +73,7 @@ async def caches(url: str | None, folder: Path, count: int = 1, **settings: Any)
 def test_a_replay_says_what_was_said_in_the_same_order() -> None:
     said, made = reply(), master()
     replayed = gathered(made.messages("second"))
-    whole = made.whole("second")
+    whole = made.whole("second").message()
     for heard in (replayed, whole):
         assert (heard.audio, list(heard.marks)) == (said.audio, list(said.marks))
         assert heard.start.seed == 7
@@ -89,11 +89,20 @@ def test_a_replay_says_what_was_said_in_the_same_order() -> None:
             assert samples - RATE // 2 < message.end_sample <= samples  # as soon as its last audio has left
 
 
+def test_a_whole_is_the_reply_that_it_was_made_of() -> None:
+    said, whole = reply(), Whole.of(reply())
+    assert whole.SerializeToString() == said.SerializeToString()
+    assert whole.ByteSize() == said.ByteSize()
+    assert whole.message() == said
+    assert whole.audio == said.audio
+
+
 def test_a_replay_is_its_callers_own() -> None:
     made = master()
     for message in made.messages("r"):
         message.Clear()
-    made.whole("r").Clear()
+    made.whole("r").rest.Clear()
+    assert made.whole("r").message() == made.whole("r").message() != tts_pb2.SynthesizeResponse()
     assert made.whole("r").audio == reply().audio
 
 
@@ -108,7 +117,7 @@ def test_a_replay_is_its_callers_own() -> None:
     ],
 )
 def test_what_is_not_whole_is_no_master(fields: dict[str, Any]) -> None:
-    assert Master.of(reply(**fields)) is None
+    assert Master.of(Whole.of(reply(**fields))) is None
 
 
 @given(st.binary(max_size=40), st.integers(0, 3100))
@@ -133,7 +142,7 @@ async def test_what_one_gateway_keeps_another_finds(valkey: Valkey, tmp_path: Pa
         await one.settle()
         found = await other.get(KEY, TAGS)
         assert found is not None
-        assert found.whole("r") == master(samples).whole("r")
+        assert found.whole("r").message() == master(samples).whole("r").message()
         assert other.here(KEY) is found
     stored = [path for path in (tmp_path / "objects").rglob("*") if path.is_file()]
     assert len(stored) == (1 if samples > 300_000 else 0)  # large ones are not in the store

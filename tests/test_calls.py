@@ -289,7 +289,7 @@ async def recording_backend() -> AsyncIterator[tuple[Recorder, str]]:
     recorder, address = Recorder(), f"127.0.0.1:{free_port()}"
     names = ["chorus.v1.TextToSpeechService", "chorus.v1.VoiceService"]
     server = FrameServer(Settings(), names, identify=lambda metadata, peer: "gateway")
-    tts_pb2_grpc.add_VoiceServiceServicer_to_server(recorder, server.grpc)
+    tts_pb2_grpc.add_VoiceServiceServicer_to_server(recorder, server.methods)
     await server.start(address)
     await server.set_serving(True)
     try:

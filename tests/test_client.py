@@ -70,7 +70,7 @@ class Time:
 @asynccontextmanager
 async def calling(servicer: Refusing, **options: Any) -> AsyncIterator[tuple[Client, Time]]:
     server = FrameServer(Settings(), ["chorus.v1.TextToSpeechService"], identify=lambda metadata, peer: "anyone")
-    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(servicer, server.grpc)
+    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(servicer, server.methods)
     address, time = f"127.0.0.1:{free_port()}", Time()
     await server.start(address)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import signal
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -272,6 +273,7 @@ async def test_trailers_say_why_it_was_fast_or_slow(stack: Stack, valkey: Valkey
     made, found = said
     assert [name for name, _ in made] == ["cache", "queue", "batch-rows", "backend", "total"]
     assert dict(made)["batch-rows"] == "desc=2"  # its two sentences
+    assert re.fullmatch(r'desc="127\.0\.0\.1:\d+";dur=[\d.]+', dict(made)["backend"])
     assert [name for name, _ in found] == ["cache", "total"]
 
 

@@ -40,14 +40,14 @@ async def test_shadow_refunds_only_what_was_charged(valkey: Valkey) -> None:
     async with fleet(valkey.url, 1, tenants, requests_per_second=None, mode="shadow") as gateways:
         (limiter,) = gateways.limiters
         assert await held(limiter, 10.0, "shade") is None  # empties the bucket
-        counter = metrics.limiter_counter("audio", "would refuse", "shade")
-        before = counter._value.get()
+        refused = ("audio", "would refuse", "shade")
+        before = metrics.LIMITER_DECISIONS.value(*refused)
         for _ in range(5):
             async with limiter.admitted("shade", "interactive") as admission:
                 await admission.hold(10.0)
                 admission.settle(0.0)
             await _settle(gateways)
-        assert counter._value.get() - before == 5
+        assert metrics.LIMITER_DECISIONS.value(*refused) - before == 5
 
 
 async def test_a_dear_refusal_does_not_refuse_what_fits(valkey: Valkey) -> None:

@@ -100,7 +100,7 @@ async def recording_backend() -> AsyncIterator[tuple[Recorder, str]]:
     """A backend in this process, and its address."""
     recorder, address = Recorder(), f"127.0.0.1:{free_port()}"
     server = FrameServer(Settings(), ["chorus.v1.TextToSpeechService"], identify=lambda metadata, peer: "gateway")
-    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(recorder, server.grpc)
+    tts_pb2_grpc.add_TextToSpeechServiceServicer_to_server(recorder, server.methods)
     await server.start(address)
     await server.set_serving(True)
     try:
