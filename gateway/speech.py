@@ -64,14 +64,22 @@ class Named(NamedTuple):
     """Its text is the key's own, and so are its marks."""
 
 
+class Control(NamedTuple):
+    """What a caller says of the cache."""
+
+    look: bool
+    """Answer from it."""
+    keep: bool
+    """Put the answer into it, and share it while it is made."""
+    only: bool
+    """Answer from it or not at all."""
+
+
 class Asked(NamedTuple):
     """What a call for a whole text asks for, read once."""
 
     named: Named
-    look: bool
-    """Answer from the cache."""
-    only: bool
-    """Answer from it or not at all."""
+    control: Control
 
 
 class Speech:
@@ -115,7 +123,7 @@ class Speech:
     def form(self, asked: Asked, turn: Turn) -> Whole | None:
         """A text as one piece, if it is in memory in its caller's format: what is hot goes no further than this."""
         name = asked.named.form
-        form = self._cache.form(name) if name is not None and asked.look else None
+        form = self._cache.form(name) if name is not None and asked.control.look else None
         if form is None:
             return None
         start, limits = form.rest.start, self._settings.limits
@@ -192,12 +200,12 @@ class Speech:
         Raises:
             NotFound: it is not there, and the caller wants nothing else.
         """
-        if asked.named.key is not None and asked.look:
+        if asked.named.key is not None and asked.control.look:
             master = await self._cache.get(asked.named.key, asked.named.tags)
             if master is not None:
                 metrics.AUDIO_SECONDS_SAVED.inc(by=master.seconds)
                 return master
-        if asked.only:
+        if asked.control.only:
             raise NotFound("this speech is not in the cache", "NOT_CACHED")
         return None
 
@@ -254,24 +262,28 @@ class Speech:
 
     def asked(self, request: Spoken, turn: Turn) -> Asked:
         """What a call asks for, in whatever format."""
-        metadata = turn.call.metadata
-        words = text_value(metadata, CACHE_CONTROL)
+        control = self._control(turn)
+        words = request.SerializeToString(deterministic=True)
+        name = _name if len(words) <= REMEMBERED_BYTES else _name.__wrapped__
+        named = name(words, self._revision.current or "", self._scope(turn))
+        if not control.keep:
+            named = named._replace(key=None)
+        elif named.key is not None:
+            turn.call.facts["cache_key"] = named.key.hex()
+        return Asked(named, control)
+
+    def _control(self, turn: Turn) -> Control:
+        words = text_value(turn.call.metadata, CACHE_CONTROL)
         said = {word.strip() for word in words.lower().split(",")} if words else ()
         keep = self._settings.cache.enabled and "no-store" not in said
         look = keep and "no-cache" not in said
-        only = text_value(metadata, ONLY_CACHED) not in (None, "", "0", "false") or "only-if-cached" in said
-        named = self._named(request, turn)
-        if named.key is not None and keep:
-            turn.call.facts["cache_key"] = named.key.hex()
-        return Asked(named if keep else named._replace(key=None), look, only)
+        only = text_value(turn.call.metadata, ONLY_CACHED) not in (None, "", "0", "false") or "only-if-cached" in said
+        return Control(look, keep, only)
 
-    def _named(self, request: Spoken, turn: Turn) -> Named:
-        """Under what it is found by this caller."""
+    def _scope(self, turn: Turn) -> str:
+        """The tenant, if it shares with nobody."""
         tenant = self._tenants.get(turn.call.tenant)
-        scope = tenant.name if tenant.cache_scope == "tenant" else ""
-        words = request.SerializeToString(deterministic=True)
-        name = _name if len(words) <= REMEMBERED_BYTES else _name.__wrapped__
-        return name(words, self._revision.current or "", scope)
+        return tenant.name if tenant.cache_scope == "tenant" else ""
 
     def _wanted(self, asked: Asked, turn: Turn) -> Wanted | None:
         """What others may ask for too; None: nobody shares it, or there is no room for what is shared."""
