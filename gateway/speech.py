@@ -73,14 +73,22 @@ class Named(NamedTuple):
     """Its text is the key's own, and so are its marks."""
 
 
+class Control(NamedTuple):
+    """What a caller says of the cache."""
+
+    look: bool
+    """Answer from it."""
+    keep: bool
+    """Put the answer into it, and share it while it is made."""
+    only: bool
+    """Answer from it or not at all."""
+
+
 class Asked(NamedTuple):
     """What a call for a whole text asks for, read once."""
 
     named: Named
-    look: bool
-    """Answer from the cache."""
-    only: bool
-    """Answer from it or not at all."""
+    control: Control
 
 
 class Speech:
@@ -124,7 +132,7 @@ class Speech:
     def form(self, asked: Asked, turn: Turn) -> Whole | None:
         """A text as one piece, if it is in memory in its caller's format: what is hot goes no further than this."""
         name = asked.named.form
-        form = self._cache.form(name) if name is not None and asked.look else None
+        form = self._cache.form(name) if name is not None and asked.control.look else None
         if form is None:
             return None
         start, limits = form.rest.start, self._settings.limits
@@ -204,12 +212,12 @@ class Speech:
         Raises:
             NotFound: it is not there, and the caller wants nothing else.
         """
-        if asked.named.key is not None and asked.look:
+        if asked.named.key is not None and asked.control.look:
             master = await self._cache.get(asked.named.key, asked.named.tags)
             if master is not None:
                 metrics.AUDIO_SECONDS_SAVED.inc(by=master.seconds)
                 return master
-        if asked.only:
+        if asked.control.only:
             raise NotFound("this speech is not in the cache", "NOT_CACHED")
         return None
 
@@ -266,18 +274,27 @@ class Speech:
 
     def asked(self, request: Spoken, turn: Turn) -> Asked:
         """What a call asks for, in whatever format."""
-        said = _cache_control(turn)
+        control = self._control(turn)
+        words = request.SerializeToString(deterministic=True)
+        name = _name if len(words) <= REMEMBERED_BYTES else _name.__wrapped__
+        named = name(words, self._revision.current or "", self._scope(turn))
+        if not control.keep:
+            named = named._replace(key=None)
+        elif named.key is not None:
+            turn.call.facts["cache_key"] = named.key.hex()
+        return Asked(named, control)
+
+    def _control(self, turn: Turn) -> Control:
+        words = text_value(turn.call.metadata, CACHE_CONTROL)
+        said = {word.strip() for word in words.lower().split(",")} if words else ()
         keep = self._settings.cache.enabled and "no-store" not in said
         look = keep and "no-cache" not in said
         only = text_value(turn.call.metadata, ONLY_CACHED) not in (None, "", "0", "false") or "only-if-cached" in said
-        named = self._named(request, turn)
-        if named.key is not None and keep:
-            turn.call.facts["cache_key"] = named.key.hex()
-        return Asked(named if keep else named._replace(key=None), look, only)
+        return Control(look, keep, only)
 
     def _sharing(self, turn: Turn) -> Turn:
         """The turn of a text that is being written, which says with whom its segments are shared."""
-        if not self._settings.cache.enabled or {"no-store", "no-cache"} & _cache_control(turn):
+        if not self._control(turn).look:
             return turn
         sharing: Sharing = "tenant" if self._scope(turn) else "all"
         return turn.saying((INTERNAL_SHARING, sharing))
@@ -286,12 +303,6 @@ class Speech:
         """The tenant, if it shares with nobody."""
         tenant = self._tenants.get(turn.call.tenant)
         return tenant.name if tenant.cache_scope == "tenant" else ""
-
-    def _named(self, request: Spoken, turn: Turn) -> Named:
-        """Under what it is found by this caller."""
-        words = request.SerializeToString(deterministic=True)
-        name = _name if len(words) <= REMEMBERED_BYTES else _name.__wrapped__
-        return name(words, self._revision.current or "", self._scope(turn))
 
     def _wanted(self, asked: Asked, turn: Turn) -> Wanted | None:
         """What others may ask for too; None: nobody shares it, or there is no room for what is shared."""
@@ -444,12 +455,6 @@ def _tell(turn: Turn, status: Any, end: tts_pb2.StreamEnd, first_ms: float) -> N
         end.ClearField("timings")
         end.timings.first_audio_ms, end.timings.total_ms = first_ms, total_ms
     turn.call.trail(TIMING_TRAILER, ", ".join([*parts, f"total;dur={total_ms:.1f}"]))
-
-
-def _cache_control(turn: Turn) -> frozenset[str]:
-    """What a caller says of the cache, word by word."""
-    words = text_value(turn.call.metadata, CACHE_CONTROL)
-    return frozenset(word.strip() for word in words.lower().split(",")) if words else frozenset()
 
 
 def _ms_since(moment: float) -> float:

@@ -182,3 +182,17 @@ async def test_audio_too_long_for_a_reply_is_refused_alike(
     smaller = tts_pb2.SynthesizeRequest(text="short", format=wire_format(FORMATS[0]))
     for server in pair if formats is LARGE else ():
         assert (await Door(server).speech.Synthesize(smaller)).audio
+
+
+@pytest.mark.asyncio(loop_scope="function")
+async def test_a_hit_that_is_too_long_for_a_reply(stack: Stack, tmp_path: Path) -> None:
+    trace = tmp_path / "rows"
+    trace.write_text("1\n" + f"{21 * 47}\n" * 100)
+    _, gateway = await stack.pair(limits_unary_audio_seconds=10, tone_trace=trace)
+    door = Door(gateway)
+    for status in (tts_pb2.CACHE_STATUS_MISS, tts_pb2.CACHE_STATUS_HIT):
+        heard = await spoken(door.speech.StreamSynthesize(tts_pb2.StreamSynthesizeRequest(text="short")))
+        assert heard.start.cache_status == status
+    for format in (tts_pb2.AudioFormat(), tts_pb2.AudioFormat(container=tts_pb2.CONTAINER_RAW)):
+        failed = await failure(door.speech.Synthesize(tts_pb2.SynthesizeRequest(text="short", format=format)))
+        assert (failed.code, failed.reason) == (grpc.StatusCode.OUT_OF_RANGE, "AUDIO_TOO_LONG")
