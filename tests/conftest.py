@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tests import interpreted  # noqa: F401 (before anything imports Triton)
 from tests.stack import Server, Stack, running_stack
 from tests.valkey import Valkey, running_valkey
 
