@@ -7,7 +7,7 @@
 # wheels beside it (`bench/wheels.sh` fetches them where there is an index), or is there already. Each stage is a
 # process with a time limit of its own; RESULTS/gpu.json has what was found so far after each, RESULTS/gpu.log what was
 # said. A stage that fails or is slow costs only itself.
-# With --dry it goes through all stages on a CPU, with tiny weights.
+# With --dry it goes through all stages on a CPU, with tiny weights. STAGES="machine steps" does these alone.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,6 +42,9 @@ if [[ $device == cuda ]]; then
 fi
 for each in "${stages[@]}"; do
     stage=${each%:*} limit=${each#*:}
+    if [[ -n "${STAGES:-}" && " $STAGES " != *" $stage "* ]]; then
+        continue
+    fi
     timeout --kill-after=5 "$limit" "$python" -m bench.gpu "$stage" --folder "$parts" --device "$device" "${dry[@]}" \
         2>"$parts/log"
     status=$?
