@@ -1,7 +1,8 @@
 """A stand-in for CUDA graphs on a CPU: records a call's operators, and does the same to the same memory again.
 
 Like a graph it knows nothing of the Python that made it, so that what a call takes from anywhere but the memory of its
-tensors is frozen; and like a capture it refuses what would wait for the device.
+tensors is frozen; and like a capture it refuses what would wait for the device. Unlike a capture it does the call while
+it records it.
 """
 
 from __future__ import annotations

@@ -389,7 +389,7 @@ class Decoder:
 
     def _prefill(self, group: Sequence[Row]) -> _Passes:
         size = self._prefill_size(group)
-        joining, text = self._joining(group, size), self._text_rows(group)
+        joining, text = self._joining(group, size), self._text_rows(group, recorded=False)
         if text is None and size in self._static_joining:
             static = self._static_joining[size]
             static.copy_(joining)
@@ -446,7 +446,7 @@ class Decoder:
 
     def _step(self, steps: int) -> _Passes:
         rows, reach = len(self.rows), max(row.cached for row in self.rows)
-        text = self._text_rows(self.rows)
+        text = self._text_rows(self.rows, recorded=self._graphs.on)
         replayed = self._graphs.on and (text is None or text is self._static_text)
         count = self.slots if self._deterministic else _at_least(self._tiers, rows) if replayed else rows
         self._places.position[rows:count] = 0
@@ -503,15 +503,15 @@ class Decoder:
         step.add_(1)
         return tokens
 
-    def _text_rows(self, rows: Sequence[Row]) -> Tensor | None:
-        """Which of them are text rows, in the memory that recorded passes read if there is room.
+    def _text_rows(self, rows: Sequence[Row], *, recorded: bool) -> Tensor | None:
+        """Which of them are text rows. `recorded`: in the memory that recorded passes read, if there is room.
 
-        It is filled up with the last of them: to draw twice for a row is to draw the same.
+        That is filled up with the last of them: to draw twice for a row is to draw the same.
         """
         numbers = [number for number, row in enumerate(rows) if row.kind is Kind.TEXT]
         if not numbers:
             return None
-        if rows is not self.rows or not self._graphs.on or len(numbers) > TEXT_ROWS:
+        if not recorded or len(numbers) > TEXT_ROWS:
             return upload(np.array(numbers), self.device)
         numbers += numbers[-1:] * (TEXT_ROWS - len(numbers))
         return self._static_text.copy_(upload(np.array(numbers), self.device))
