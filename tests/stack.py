@@ -9,9 +9,10 @@ import signal
 import socket
 import sys
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,15 +23,29 @@ from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 30.0
+PORTS = 1_000
 POLL_SECONDS = 0.02
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A port that nobody uses, and that no socket is given which asks for any."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+        while True:
+            port = next(_ports)
+            with suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                return port
+
+
+def _own_ports() -> Iterator[int]:
+    """Those of this worker of the tests, below what Linux gives to sockets that ask for any."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    first = 12_000 + worker % 16 * PORTS
+    # Two runs of the tests at once begin at different ones.
+    return (first + number % PORTS for number in count(os.getpid()))
+
+
+_ports = _own_ports()
 
 
 @dataclass
