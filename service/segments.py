@@ -178,7 +178,7 @@ class Segments:
             if store.worth_asking:
                 with suppress(StoreUnavailable):
                     generations = await read_generations(store)
-                    if generations != seen and seen is not None:
+                    if generations != seen:  # also the first time: it may have come late
                         self.forget()
                     seen = generations
             await asyncio.sleep(GENERATION_SECONDS)

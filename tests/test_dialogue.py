@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from common.calls import Call
 from common.errors import ChorusError, DeadlineExceeded
 from common.keys import segment_key
 from common.settings import Settings
+from common.store import StoreUnavailable
 from protos.chorus.v1 import tts_pb2
+from service import segments as segments_module
 from service.dialogue import Account, in_parts
 from service.engines.tone import ToneEngine
 from service.engines.tone_code import verify
@@ -306,6 +309,29 @@ async def test_what_was_purged_is_made_again_also_what_was_on_its_way() -> None:
         here.segments.forget()
         await here.hear(heard.texts)
         assert here.rows == 3
+
+
+async def test_a_purge_is_seen_also_before_the_store_answered_for_the_first_time(monkeypatch: Any) -> None:
+    replies: list[bytes | None] = [None, b"2", b"2", None, b"3"]
+    seen: list[str] = []
+
+    async def read(store: object) -> dict[bytes, bytes]:
+        if not replies:
+            await asyncio.Event().wait()
+        if (reply := replies.pop(0)) is None:
+            raise StoreUnavailable
+        seen.append(reply.decode())
+        return {b"all": reply}
+
+    monkeypatch.setattr(segments_module, "read_generations", read)
+    monkeypatch.setattr(segments_module, "GENERATION_SECONDS", 0.0)
+    async with place() as here:
+        monkeypatch.setattr(here.segments, "forget", lambda: seen.append("forgotten"))
+        store: Any = SimpleNamespace(worth_asking=True)
+        following = asyncio.create_task(here.segments.follow_purges(store))
+        await until(lambda: seen[-1:] == ["forgotten"] and not replies)
+        following.cancel()
+    assert seen == ["2", "forgotten", "2", "3", "forgotten"]
 
 
 async def test_what_is_about_to_end_is_not_joined_and_ends_nothing_of_its_successors() -> None:
