@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from operator import add
 
 import torch
 
 from service.engines.chattts.decode import Decoder, Drawing, Row
+from service.engines.chattts.estimates import Costs
 from service.engines.chattts.prompt import Prompt
 from service.engines.chattts.vocode import Vocoder, VocoderWork
 
@@ -22,25 +21,6 @@ STEPS = {"cpu": 1, "cuda": 8}
 """At a time: on a GPU the host's part of them is done meanwhile, as when it serves."""
 BLOCK = 24
 """Steps that are vocoded at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Seconds that things take, linearly between what was measured."""
-
-    widths: Sequence[int]
-    steps: Sequence[float]
-    """Of a step at each width, with the vocoding of what it makes."""
-    prefill_tokens: Sequence[int]
-    prefills: Sequence[float]
-
-    def step_seconds(self, rows: int) -> float:
-        """Of a step with so many rows."""
-        return _between(self.widths, self.steps, rows)
-
-    def prefill_seconds(self, tokens: int) -> float:
-        """Of a prefill of so many tokens, padding included."""
-        return _between(self.prefill_tokens, self.prefills, tokens)
 
 
 @torch.inference_mode()
@@ -97,13 +77,3 @@ def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
-    """The value at a place, by the straight line through its neighbours. Before the first it is the first's."""
-    if len(places) == 1 or place <= places[0]:
-        return values[0]
-    right = min(max(bisect_left(places, place), 1), len(places) - 1)
-    left = right - 1
-    slope = (values[right] - values[left]) / (places[right] - places[left])
-    return max(values[0], values[left] + slope * (place - places[left]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import time
 import traceback
@@ -23,7 +22,6 @@ from batcher.engine import (
     Join,
     Pcm,
     Plan,
-    Prediction,
     Report,
     RowRef,
     RowReport,
@@ -32,8 +30,9 @@ from batcher.engine import (
 )
 from common.errors import StartupError
 from common.settings import ChatTTSSettings
-from service.engines.chattts.costs import Costs, measure, most_vocoded
+from service.engines.chattts.costs import measure, most_vocoded
 from service.engines.chattts.decode import ATTEMPTS, Decoder, Drawing, Kind, Launched, Row
+from service.engines.chattts.estimates import Costs, Lengths
 from service.engines.chattts.graphs import CudaRecorder
 from service.engines.chattts.hub import find_checkpoint
 from service.engines.chattts.lanes import Fetched, Lane
@@ -52,13 +51,6 @@ PROMPT_TOKENS = 512
 SPEAKING = Drawing()
 REFINING = Drawing(temperature=0.7, penalty=1.0, max_steps=384)
 """Upstream's defaults for `refine_text` (`core.py`, `RefineTextParams`)."""
-
-PROMPT_FRAME = 8
-"""Tokens of a prompt besides its text, about."""
-CJK_STEPS = 10.4
-OTHER_STEPS = 3.1
-"""Steps that a character takes: 4.5 Chinese characters a second, or 15 letters. The scheduler learns what is true."""
-P90 = 1.3
 
 
 @dataclass(slots=True, eq=False)
@@ -455,17 +447,10 @@ class ChatTTSEngine:
             max_vocode=most_vocoded(slots),
             max_steps=self._max_steps,
             lookahead_steps=self._vocoder.lookahead_steps,
-            predict=self._predict,
+            predict=Lengths(self._max_steps).predict,
             step_seconds=costs.step_seconds,
             prefill_seconds=costs.prefill_seconds,
         )
-
-    def _predict(self, segment: Segment) -> Prediction:
-        characters = len(segment.text)
-        chinese = sum("\u4e00" <= character <= "\u9fff" for character in segment.text)
-        steps = (CJK_STEPS * chinese + OTHER_STEPS * (characters - chinese)) / segment.controls.speed
-        p50, p90 = (min(max(1, math.ceil(steps * factor)), self._max_steps) for factor in (1, P90))
-        return Prediction(PROMPT_FRAME + characters, p50, p90)
 
 
 def _speakers(settings: ChatTTSSettings, weights: Weights) -> Mapping[str, Tensor]:
