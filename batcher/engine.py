@@ -20,6 +20,10 @@ from enum import Enum
 from typing import Protocol
 
 
+class EngineLostError(Exception):
+    """The engine is gone, and will not come back."""
+
+
 class EngineOutOfMemoryError(Exception):
     """The device has no memory left for the plan. Nothing of the plan was done."""
 
@@ -199,6 +203,7 @@ class Engine(Protocol):
         Raises:
             EngineOutOfMemoryError: nothing of the plan was done, the engine is as it was before, and what memory it
                 could give back it has given back.
+            EngineLostError: nothing is called afterwards but `close`.
             Exception: the engine failed; it has forgotten all its rows and can be used again.
         """
         ...

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from batcher.counters import Counters, Deaf, Observer
-from batcher.engine import Engine, EngineOutOfMemoryError, Plan, Segment
+from batcher.engine import Engine, EngineLostError, EngineOutOfMemoryError, Plan, Segment
 from batcher.errors import StoppedError
 from batcher.outbox import Outbox
 from batcher.policy import Policy
@@ -119,7 +119,7 @@ class Runner:
         """Takes the engine over.
 
         `on_error` hears of engine failures, on the engine's thread. `on_death` is called on the event loop if the
-        thread itself fails: nothing will be spoken any more.
+        thread itself fails or the engine is gone: nothing will be spoken any more.
         """
         self.engine = engine
         self._observer = observer or Deaf()
@@ -244,8 +244,12 @@ class Runner:
 
     @property
     def dead(self) -> bool:
-        """The thread has failed: nothing will be spoken any more."""
+        """The thread has failed, or the engine is gone: nothing will be spoken any more."""
         return self._dead
+
+    def lose(self, error: Exception) -> None:
+        """The engine is gone: all requests fail. May be called on any thread, once the runner was started."""
+        self._die(error)
 
     def stats(self) -> Stats:
         """What the batcher is doing now."""
@@ -334,6 +338,8 @@ class Runner:
         except EngineOutOfMemoryError as error:
             self._on_error(error)
             return partial(self.scheduler.out_of_memory, plan)
+        except EngineLostError:
+            raise
         except Exception as error:
             self._on_error(error)
             return lambda now: self.scheduler.engine_failed(plan)
@@ -353,11 +359,13 @@ class Runner:
             self._changed.wait_for(lambda: self._woken or self._stopping, timeout)
 
     def _die(self, error: BaseException) -> None:
-        """Something of ours has failed: nothing will be spoken any more."""
-        self._on_error(error)
+        """Something of ours has failed, or the engine is gone: nothing will be spoken any more."""
         with self._changed:
+            if self._dead:
+                return
             self._dead = self._stopping = True
             self._changed.notify()
+        self._on_error(error)
         self._call_loop(self._on_death)
 
     def _call_loop(self, callback: Callable[[], None]) -> None:

@@ -27,7 +27,8 @@ from batcher.policy import Policy
 from batcher.request import Request
 from batcher.scheduler import Delivery, Scheduler
 from bench.virtual import CHARACTERS_PER_SECOND, STEPS_PER_SECOND, Caller, Speech
-from common.settings import ChatTTSSettings
+from common.settings import ChatTTSSettings, Settings
+from service.engines.base import SpeechEngine
 from service.engines.chattts.decode import Row
 from service.engines.chattts.engine import ChatTTSEngine
 from service.engines.chattts.upstream import import_chattts
@@ -135,6 +136,20 @@ class _TracedEngine(ChatTTSEngine):
         steps = self.trace[segment.seed].steps
         row.drawing = replace(row.drawing, min_steps=steps, max_steps=steps)
         return row
+
+
+class _EndlessEngine(ChatTTSEngine):
+    """Its rows go on until they are cut."""
+
+    def _speaking(self, segment: Segment, refined: str | None = None) -> Row:
+        row = super()._speaking(segment, refined)
+        row.drawing = replace(row.drawing, min_steps=row.drawing.max_steps)
+        return row
+
+
+def load_endless(settings: Settings) -> SpeechEngine:
+    """An engine whose rows go on until they are cut, for another process."""
+    return _EndlessEngine(settings.chattts)
 
 
 class Upstream:

@@ -12,8 +12,9 @@ type. `limit_ms_per_step`: weights read once, at the rate at which this machine 
 many threads as there are cores, which is how long one caller waits while nobody else does. `tie_rate`: tokens at
 temperature 1e-5 that differ from upstream's at a gap of at most 1e-4, of all; a difference at a wider gap ends the
 benchmark. `match_rate_fast_mode`: tokens at the usual temperature that are the same alone and in a batch, up to the
-first that is not, of all. `rpc_load_slowdown`: wall time of a step beside a thread that runs Python half of the time,
-over without.
+first that is not, of all. `rpc_load_slowdown`: wall time of a plan of one step of 8 rows, given to an engine in a
+process of its own, where a service has it, beside a thread here that runs Python half of the time; over without
+(medians, in alternating rounds). `process_tick_ms`: what that process costs a plan, for so many rows.
 
 `int8_logit_error`, `int8_greedy_match`: int8 beside fp32, led by fp32's tokens; see `docs/decisions/cpu-products.md`.
 
@@ -33,19 +34,24 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from bench.burst import COUNT, Chorus, Spoken, Upstream, batches, burst, in_row, to_the_longest
+from batcher.engine import Join, Plan, RowRef, Segment
+from bench.burst import COUNT, VOICES, Chorus, Spoken, Upstream, batches, burst, in_row, load_endless, to_the_longest
+from bench.canned import tick_ms
 from bench.report import metadata, quantile
-from common.settings import ChatTTSSettings
+from common.server import SWITCH_SECONDS
+from common.settings import ChatTTSSettings, Settings
 from service.engines.chattts.checkpoint import SIZES, make_checkpoint
 from service.engines.chattts.costs import measure_vocoder
 from service.engines.chattts.decode import Decoder, Drawing, Row
@@ -54,6 +60,7 @@ from service.engines.chattts.load import Weights, load_weights
 from service.engines.chattts.prompt import Prompt, Prompter
 from service.engines.chattts.upstream import import_chattts, load_upstream
 from service.engines.chattts.vocode import Vocoder
+from service.engines.process import EngineProcess
 
 STEPS_PER_SECOND = 46.875
 PROMPT_TOKENS = 23
@@ -135,7 +142,8 @@ def measure(folder: Path, size: Size) -> Figures:
         "match_rate_fast_mode": {name: match_rate(each, size.compared) for name, each in ours.items()},
         **_accuracy(weights["fp32"], ours, size.compared),
         **_burst(folder, upstream, size),
-        "rpc_load_slowdown": {name: round(_slowdown(each, size.steps), 3) for name, each in ours.items()},
+        "rpc_load_slowdown": {name: round(_slowdown(folder, name, size), 3) for name in DTYPES},
+        "process_tick_ms": tick_ms(),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "not_measured": NOT_MEASURED,
     }
@@ -167,11 +175,14 @@ def _burst(folder: Path, upstream: Any, size: Size) -> Figures:
 
 
 def _chorus(folder: Path, dtype: Dtype) -> Chorus:
+    return Chorus(_settings(folder, dtype))
+
+
+def _settings(folder: Path, dtype: Dtype) -> ChatTTSSettings:
     threads = torch.get_num_threads()
-    settings = ChatTTSSettings(
+    return ChatTTSSettings(
         folder=folder, check_sums=False, device="cpu", dtype=dtype, slots=COUNT, threads=threads, max_steps=MAX_STEPS
     )
-    return Chorus(settings)
 
 
 def _first_audio(spoken: Mapping[str, Spoken], share: float) -> dict[str, int]:
@@ -307,9 +318,34 @@ def _rtf_wall(decoder: Decoder, weights: Weights, size: Size) -> float:
         torch.set_num_threads(before)
 
 
-def _slowdown(decoder: Decoder, steps: int) -> float:
+def _wall_step(decoder: Decoder, steps: int, rows: int) -> float:
+    decoder.advance([_rows(rows, steps + 2)], 1)
+    try:
+        return min(_wall_seconds(lambda: decoder.advance([], 1)) for _ in range(steps))
+    finally:
+        decoder.clear()
+
+
+def _slowdown(folder: Path, dtype: Dtype, size: Size) -> float:
     """See the module."""
-    idle = _wall_step(decoder, steps)
+    engine = EngineProcess(load_endless, Settings(chattts=_settings(folder, dtype)), stall_seconds=60.0)
+    rows = (Segment("一二三四五六七八", VOICES[0], "zh-CN", seed=number) for number in range(8))
+    joins = tuple(Join(RowRef(number, number, 0), row) for number, row in enumerate(rows))
+    idle, busy = [], []
+    try:
+        engine.run(Plan(joins=(joins,), steps=1))
+        for _ in range(size.rounds + 1):
+            idle += [_wall_seconds(lambda: engine.run(Plan(steps=1))) for _ in range(size.steps)]
+            with _busy_python():
+                busy += [_wall_seconds(lambda: engine.run(Plan(steps=1))) for _ in range(size.steps)]
+    finally:
+        engine.close()
+    return median(busy) / median(idle)
+
+
+@contextmanager
+def _busy_python() -> Iterator[None]:
+    """A thread that runs Python half of the time, as a busy event loop does."""
     stopping = threading.Event()
 
     def serve() -> None:
@@ -321,22 +357,14 @@ def _slowdown(decoder: Decoder, steps: int) -> float:
 
     busy = threading.Thread(target=serve)
     before = sys.getswitchinterval()
-    sys.setswitchinterval(0.0002)
+    sys.setswitchinterval(SWITCH_SECONDS)
     busy.start()
     try:
-        return _wall_step(decoder, steps) / idle
+        yield
     finally:
         stopping.set()
         busy.join()
         sys.setswitchinterval(before)
-
-
-def _wall_step(decoder: Decoder, steps: int, rows: int = 8) -> float:
-    decoder.advance([_rows(rows, steps + 2)], 1)
-    try:
-        return min(_wall_seconds(lambda: decoder.advance([], 1)) for _ in range(steps))
-    finally:
-        decoder.clear()
 
 
 def _limit(weights: Weights) -> float:

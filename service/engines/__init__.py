@@ -27,13 +27,24 @@ def load_engine(settings: Settings) -> SpeechEngine:
 
             return ToneEngine(settings.tone)
         case "chattts":
-            began = time.monotonic()
-            try:
-                from service.engines.chattts.engine import ChatTTSEngine
-            except ModuleNotFoundError as error:
-                raise StartupError(f"{error}; install it: pip install -c constraints.txt '.[chattts]'") from None
+            from service.engines.process import EngineProcess
 
-            imported = time.monotonic() - began
-            engine = ChatTTSEngine(settings.chattts)
-            logger().info("loaded", engine=engine.name, import_s=round(imported, 3), **engine.start_seconds)
-            return engine
+            return EngineProcess(load_chattts, settings, settings.chattts.stall_seconds)
+
+
+def load_chattts(settings: Settings) -> SpeechEngine:
+    """ChatTTS, loaded in this process.
+
+    Raises:
+        StartupError: it cannot be loaded; says what to do.
+    """
+    began = time.monotonic()
+    try:
+        from service.engines.chattts.engine import ChatTTSEngine
+    except ModuleNotFoundError as error:
+        raise StartupError(f"{error}; install it: pip install -c constraints.txt '.[chattts]'") from None
+
+    imported = time.monotonic() - began
+    engine = ChatTTSEngine(settings.chattts)
+    logger().info("loaded", engine=engine.name, import_s=round(imported, 3), **engine.start_seconds)
+    return engine
