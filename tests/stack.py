@@ -38,11 +38,14 @@ def free_port() -> int:
 
 
 def _own_ports() -> Iterator[int]:
-    """Those of this worker of the tests, below what Linux gives to sockets that ask for any."""
+    """Every fourth of this worker of the tests, below what Linux gives to sockets that ask for any.
+
+    Those between are for further cards of the same machine, which take the next ports.
+    """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     first = 12_000 + worker % 16 * PORTS
     # Two runs of the tests at once begin at different ones.
-    return (first + number % PORTS for number in count(os.getpid()))
+    return (first + 4 * number % PORTS for number in count(os.getpid()))
 
 
 _ports = _own_ports()
