@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from concurrent.futures import Future
 from dataclasses import fields
 from functools import partial
 
@@ -56,7 +58,7 @@ async def serve(settings: Settings) -> None:
     serve_metrics(settings.service.metrics_listen)
     names = [tts_pb2.DESCRIPTOR.services_by_name[name].full_name for name in SERVICES]
     server = Server(settings, names, identify=partial(_identify, settings))
-    engine, _ = await asyncio.gather(asyncio.to_thread(load_engine, settings), asyncio.to_thread(text.warm_up))
+    engine, _ = await asyncio.gather(_load(settings), asyncio.to_thread(text.warm_up))
     runner = Runner(
         engine,
         _policy(settings.batcher),
@@ -88,6 +90,21 @@ async def serve(settings: Settings) -> None:
     await store.close()
     if died:
         raise StartupError("the engine died; the log says why")
+
+
+async def _load(settings: Settings) -> SpeechEngine:
+    """The engine. Whoever ends this process meanwhile need not wait until it is loaded: it may have to be fetched."""
+    loaded: Future[SpeechEngine] = Future()
+    loaded.set_running_or_notify_cancel()
+
+    def load() -> None:
+        try:
+            loaded.set_result(load_engine(settings))
+        except BaseException as error:
+            loaded.set_exception(error)
+
+    threading.Thread(target=load, name="load", daemon=True).start()
+    return await asyncio.wrap_future(loaded)
 
 
 async def _warm_up(runner: Runner, engine: SpeechEngine) -> None:

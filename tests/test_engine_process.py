@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -336,6 +337,20 @@ async def test_a_service_that_is_killed_or_stopped_takes_its_engine_along(stack:
     assert (await call).audio
     assert await service.wait() == 0
     assert not alive(engine)
+
+
+async def test_who_stops_a_service_that_loads_need_not_wait(stack: Stack, tmp_path: Path) -> None:
+    """Its weights are fetched from a hub that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as hub, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        environment.setenv("HF_HOME", str(tmp_path))
+        service = await stack.service(wait=False, engine="chattts", chattts_device="cpu")
+        asked, _ = await asyncio.to_thread(hub.accept)
+        (engine,) = children(service.process.pid)
+        service.signal(signal.SIGINT)
+        await service.wait(5.0)
+        await asyncio.to_thread(until_gone, engine)
+        asked.close()
 
 
 async def _rest(call: Any) -> None:
