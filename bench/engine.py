@@ -50,7 +50,7 @@ from batcher.engine import Join, Plan, RowRef, Segment
 from bench.burst import COUNT, VOICES, Chorus, Spoken, Upstream, batches, burst, in_row, load_endless, to_the_longest
 from bench.canned import tick_ms
 from bench.report import metadata, quantile
-from common.server import SWITCH_SECONDS
+from common.process import SWITCH_SECONDS
 from common.settings import ChatTTSSettings, Settings
 from service.engines.chattts.checkpoint import SIZES, make_checkpoint
 from service.engines.chattts.costs import measure_vocoder

@@ -5,7 +5,7 @@
 Weights are random and of full size. Each stage leaves `RESULTS/STAGE.json`, with what it has found so far, and
 `bench.gpu_report` puts them together. Times are wall time; a card of one's own is quiet.
 
-- machine: the card, and the rate at which it copies its memory.
+- machine: the card, the rate at which it copies its memory, and what a plan costs on its way to an engine's process.
 - correct: greedy tokens in fp32 beside unmodified upstream's, which may differ only at a gap of at most 1e-4
   (`tie_rate`); replayed passes beside called ones, bit for bit; what in a plan waits for the device although it should
   not (`waits_between_plans`: nothing); the vocoder beside itself on the CPU (`vocoder_error`,
@@ -39,6 +39,7 @@ from torch import Tensor
 from batcher.engine import Prediction, Segment
 from batcher.policy import Policy
 from bench.burst import VOICES, Upstream, batches, burst
+from bench.canned import tick_ms
 from bench.engine import match_rate, tie_rate
 from bench.report import metadata, quantile
 from bench.virtual import CHARACTERS_PER_SECOND, STEPS_PER_SECOND, Caller, Replay, Speech, lengths
@@ -124,6 +125,7 @@ def machine(setting: Setting, figures: Figures) -> None:
     target = torch.empty_like(source)
     seconds = best_of(5, setting, lambda: target.copy_(source))
     figures.update(metadata())
+    figures.update(process_tick_ms=tick_ms())
     figures.update(torch=torch.__version__, copied_bytes_per_s=round(2 * source.numel() / seconds))
     if setting.device == "cuda":
         properties = torch.cuda.get_device_properties(0)

@@ -10,8 +10,8 @@ cd "$(dirname "$0")/.."
 folder=${1:-wheels} version=${2:-3.12}
 python=${PYTHON:-python3}
 names=(
-    annotated-types chattts einx encodec frozendict googleapis-common-protos grpcio grpcio-status orjson protobuf pybase16384
-    pydantic pydantic-core pydantic-settings python-dotenv structlog typing-inspection vector-quantize-pytorch vocos
+    annotated-types chattts einx encodec frozendict googleapis-common-protos grpcio grpcio-status msgspec orjson protobuf
+    pybase16384 pydantic pydantic-core pydantic-settings python-dotenv structlog typing-inspection vector-quantize-pytorch vocos
 )
 platforms=()
 for glibc in 2_34 2_31 2_28 2_27 2_24 2_17; do

@@ -9,6 +9,8 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+SWITCH_SECONDS = 0.0002
+"""How long a thread may keep Python's lock while others want it."""
 
 
 def calm_garbage_collector() -> None:

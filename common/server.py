@@ -24,7 +24,7 @@ from common import metrics
 from common.calls import CallFrame, Identify
 from common.errors import StartupError
 from common.logs import logger
-from common.process import calm_garbage_collector
+from common.process import SWITCH_SECONDS, calm_garbage_collector
 from common.settings import LimitSettings, Settings
 from common.tls import server_credentials
 
@@ -32,7 +32,6 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
-SWITCH_SECONDS = 0.0002
 KEEPALIVE_PERMITTED_MS = 5_000
 """Clients may ping this often; gRPC's default of 5 minutes would close the connection of one that pings each 30 s."""
 
