@@ -24,6 +24,9 @@ from batcher.policy import Policy
 from batcher.request import Event, Priority, Request, RequestFailed, SegmentEnded
 from batcher.scheduler import Delivery, Scheduler
 
+STOP_SECONDS = 10.0
+"""Until an engine that is in the middle of a plan is closed all the same."""
+
 Clock = Callable[[], float]
 """Seconds, never falling."""
 
@@ -147,12 +150,12 @@ class Runner:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends every request with StoppedError, then the thread, then the engine."""
+        """Ends every request with StoppedError, then the thread, then the engine. A thread that hangs in it is left."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, STOP_SECONDS)
         if self._expiry is not None:
             self._expiry.cancel()
         await asyncio.to_thread(self.engine.close)
@@ -361,12 +364,11 @@ class Runner:
     def _die(self, error: BaseException) -> None:
         """Something of ours has failed, or the engine is gone: nothing will be spoken any more."""
         with self._changed:
-            if self._dead:
-                return
-            self._dead = self._stopping = True
+            dead, self._dead, self._stopping = self._dead, True, True
             self._changed.notify()
-        self._on_error(error)
-        self._call_loop(self._on_death)
+        if not dead:
+            self._on_error(error)
+            self._call_loop(self._on_death)
 
     def _call_loop(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None

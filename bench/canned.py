@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from statistics import median
 
 from batcher.engine import Caps, Pcm, Plan, Prediction, Report, RowRef, RowReport, Segment, Vocode
@@ -43,6 +44,9 @@ class _Canned:
     def run(self, plan: Plan) -> Report:
         """Answers for as many rows as there are steps."""
         return self._reports[plan.steps]
+
+    def watch(self, lost: Callable[[Exception], None]) -> None:
+        """It lives in this process."""
 
     def close(self) -> None:
         """Has nothing."""

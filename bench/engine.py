@@ -334,10 +334,10 @@ def _slowdown(folder: Path, dtype: Dtype, size: Size) -> float:
     idle, busy = [], []
     try:
         engine.run(Plan(joins=(joins,), steps=1))
-        for _ in range(size.rounds + 1):
-            idle += [_wall_seconds(lambda: engine.run(Plan(steps=1))) for _ in range(size.steps)]
+        for _ in range(3 * size.rounds):
+            idle += [_wall_seconds(lambda: engine.run(Plan(steps=1))) for _ in range(2 * size.steps)]
             with _busy_python():
-                busy += [_wall_seconds(lambda: engine.run(Plan(steps=1))) for _ in range(size.steps)]
+                busy += [_wall_seconds(lambda: engine.run(Plan(steps=1))) for _ in range(2 * size.steps)]
     finally:
         engine.close()
     return median(busy) / median(idle)

@@ -308,8 +308,8 @@ class ChatTTSSettings(Section):
     """Steps that the vocoder hears ahead. Default: all that matter, 52; fewer are sooner heard and less exact."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads that compute on a CPU; 0: one less than there are cores."""
-    stall_seconds: PositiveSeconds = 120.0
-    """A pass that takes longer hangs: the engine's process is killed, and the service ends, to be started again."""
+    stall_seconds: Annotated[float, Field(ge=1, le=3600)] = 60.0
+    """An engine that says nothing for so long hangs: it is killed, and the service ends, to be started again."""
     graphs: bool = True
     """On a GPU, record each pass at the start and replay it. Without, passes of few rows take many times as long."""
     kernels: bool = True

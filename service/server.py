@@ -28,7 +28,6 @@ from service import text
 from service.directory import Directory, advertised
 from service.engines import load_engine
 from service.engines.base import SpeechEngine
-from service.engines.process import EngineProcess
 from service.flights import Flights
 from service.segments import Segments
 from service.servicer import Servicer
@@ -76,8 +75,7 @@ async def serve(settings: Settings) -> None:
     _register(Servicer(settings, engine, runner, encoders, flights, segments), server)
     await server.start(settings.service.listen)
     runner.start()
-    if isinstance(engine, EngineProcess):
-        engine.watch(runner.lose)
+    engine.watch(runner.lose)
     await _warm_up(runner, engine)
     await server.set_serving(True)
     purges = asyncio.create_task(segments.follow_purges(store))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
+import threading
 import time
 from dataclasses import replace
+from typing import Any
 
-from batcher.engine import Plan, Report
+from batcher.engine import Plan, Report, RowRef, RowReport
 from common.errors import StartupError
 from common.settings import Settings
 from service.engines.chattts.estimates import Lengths
@@ -14,9 +18,9 @@ from service.engines.tone import ToneEngine
 
 
 class Tone(ToneEngine):
-    """The tone engine, with costs that can be sent. A plan of so many steps makes it hang, or die."""
+    """The tone engine, with costs that can be sent. Plans of so many steps are its undoing."""
 
-    HANGS, DIES = 1001, 1002
+    HANGS, HOLDS, DIES, LEAVES, SAYS, COUNTS = range(1001, 1007)
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.tone)
@@ -24,10 +28,21 @@ class Tone(ToneEngine):
 
     def run(self, plan: Plan) -> Report:
         """As its settings say."""
-        if plan.steps == self.HANGS:
-            time.sleep(60)
-        if plan.steps == self.DIES:
-            os._exit(7)
+        match plan.steps:
+            case self.HANGS:
+                time.sleep(60)
+            case self.HOLDS:  # Python's lock, for ever
+                re.match(r"(a+)+$", "a" * 64 + "b")
+            case self.DIES:
+                os._exit(7)
+            case self.LEAVES:  # it hangs up, and something keeps it alive
+                threading.Thread(target=time.sleep, args=(60,)).start()
+                sys.exit(8)
+            case self.SAYS:
+                raise RuntimeError("what cannot be sent: \ud800")
+            case self.COUNTS:
+                steps: Any = object()
+                return Report((RowReport(RowRef(1, 1, 1), steps),))
         return super().run(plan)
 
 
@@ -43,6 +58,11 @@ def unloadable(settings: Settings) -> Tone:
 def deadly(settings: Settings) -> Tone:
     """Crashes while it loads."""
     os._exit(9)
+
+
+def broken(settings: Settings) -> Tone:
+    """Fails in a way that nobody foresaw, which is also how the end of a socket reads."""
+    raise EOFError
 
 
 def endless(settings: Settings) -> Tone:

@@ -19,6 +19,7 @@ import pytest
 from grpc import StatusCode
 from grpc.aio import EOF
 
+from batcher import runner as runner_module
 from batcher.engine import (
     EngineLostError,
     EngineOutOfMemoryError,
@@ -35,9 +36,10 @@ from batcher.runner import Runner
 from client.cli import EXIT_CONFIG
 from common.errors import StartupError
 from common.settings import Settings, ToneSettings
+from service.engines import process
 from service.engines.process import EngineFailedError, EngineProcess, Load
 from tests.calls import failure
-from tests.elsewhere import Tone, deadly, unloadable
+from tests.elsewhere import Tone, broken, deadly, unloadable
 from tests.stack import ROOT, START_SECONDS, Server, Stack, stream_request, text_request
 
 PATIENCE = 30.0
@@ -149,6 +151,42 @@ def test_it_dies_while_it_loads() -> None:
         EngineProcess(deadly, settings(), PATIENCE)
 
 
+def test_it_fails_while_it_loads(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StartupError, match=r"cannot be loaded \(EOFError\); the log says why"):
+        EngineProcess(broken, settings(), PATIENCE)
+    assert "in broken" in capfd.readouterr().err
+
+
+def test_it_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(StartupError, match="cannot be started"):
+        EngineProcess(Tone, settings(), PATIENCE)
+
+
+# --- what cannot be sent
+
+
+def test_an_error_with_characters_that_cannot_be_sent_is_told() -> None:
+    with elsewhere() as engine:
+        with pytest.raises(EngineFailedError, match=r"what cannot be sent: \\ud800"):
+            engine.run(Plan(steps=Tone.SAYS))
+        assert len(engine.run(JOINS).rows) == 1
+
+
+def test_a_report_that_cannot_be_sent_ends_it(capfd: pytest.CaptureFixture[str]) -> None:
+    with elsewhere() as engine, pytest.raises(EngineLostError, match="ended with code 1"):
+        engine.run(Plan(steps=Tone.COUNTS))
+    assert "TypeError" in capfd.readouterr().err
+
+
+def test_a_plan_that_cannot_be_sent_ends_it() -> None:
+    with elsewhere() as engine:
+        segment = Segment("a text", "female1", "en-US", seed=2**70)
+        with pytest.raises(EngineLostError, match="cannot be sent"):
+            engine.run(Plan(joins=((Join(RowRef(1, 0, 1), segment),),)))
+        assert not alive(engine.pid)
+
+
 # --- it dies
 
 
@@ -163,8 +201,16 @@ def test_it_dies_at_work() -> None:
 
 def test_it_hangs_and_is_killed() -> None:
     with elsewhere(stall_seconds=0.3) as engine:
-        with pytest.raises(EngineLostError, match=r"did not answer for 0\.3 s, and was killed"):
+        with pytest.raises(EngineLostError, match=r"said nothing for 0\.3 s, and was killed"):
             engine.run(Plan(steps=Tone.HANGS))
+        assert not alive(engine.pid)
+
+
+def test_it_hangs_up_and_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "END_SECONDS", 0.2)
+    with elsewhere() as engine:
+        with pytest.raises(EngineLostError, match="ended with code -9"):
+            engine.run(Plan(steps=Tone.LEAVES))
         assert not alive(engine.pid)
 
 
@@ -172,8 +218,39 @@ def test_it_is_stopped_before_it_can_take_a_large_plan() -> None:
     with elsewhere(stall_seconds=0.3) as engine:
         os.kill(engine.pid, signal.SIGSTOP)
         text = "x" * 4_000_000
-        with pytest.raises(EngineLostError, match="did not answer"):
+        with pytest.raises(EngineLostError, match="said nothing"):
             engine.run(Plan(joins=((Join(RowRef(1, 0, 1), Segment(text, "female1", "en-US")),),)))
+
+
+async def test_a_hang_is_told_as_one() -> None:
+    errors: list[BaseException] = []
+    with elsewhere(stall_seconds=0.3) as engine:
+        runner = Runner(engine, Policy(), on_error=errors.append)
+        runner.start()
+        engine.watch(runner.lose)
+        os.kill(engine.pid, signal.SIGSTOP)
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(StoppedError):
+                await speak(runner, "nobody answers")
+        await runner.stop()
+    assert [str(error) for error in errors] == ["the engine said nothing for 0.3 s, and was killed"]
+
+
+async def test_a_stop_does_not_wait_for_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "END_SECONDS", 0.2)
+    monkeypatch.setattr(runner_module, "STOP_SECONDS", 0.2)
+    with elsewhere(stall_seconds=10 * PATIENCE) as engine:
+        runner = Runner(engine, Policy())
+        runner.start()
+        os.kill(engine.pid, signal.SIGSTOP)
+        hearing = asyncio.create_task(speak(runner, "nobody answers"))
+        while not runner.stats().rows:
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(PATIENCE):
+            await runner.stop()
+            with pytest.raises(StoppedError):
+                await hearing
+        assert not alive(engine.pid)
 
 
 async def test_it_dies_while_nothing_is_asked_of_it() -> None:
@@ -202,10 +279,10 @@ async def test_it_dies_under_callers_and_each_is_told_once() -> None:
         runner.start()
         engine.watch(runner.lose)
         calls = [asyncio.create_task(speak(runner, "a long text" * 20, seed=n)) for n in range(9)]
-        while runner.stats().rows < 6:
-            await asyncio.sleep(0.01)
-        os.kill(engine.pid, signal.SIGKILL)
         async with asyncio.timeout(PATIENCE):
+            while runner.stats().rows < 6:
+                await asyncio.sleep(0.01)
+            os.kill(engine.pid, signal.SIGKILL)
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
             await died.wait()
         assert {type(outcome) for outcome in outcomes} == {StoppedError}
@@ -229,7 +306,7 @@ def test_signals_that_stop_the_service_do_not_stop_it() -> None:
 
 
 def test_it_does_not_outlive_its_parent() -> None:
-    """Whatever it does when the parent is killed: nothing, a plan that hangs, or loading."""
+    """Whatever it does when the parent is killed: nothing, a plan that hangs, even with Python's lock, or loading."""
     script = """
 import os, signal, sys, threading, time
 from batcher.engine import Plan
@@ -243,12 +320,12 @@ if what == "loading":
     EngineProcess(endless, Settings(), 30.0)
 engine = EngineProcess(Tone, Settings(), 30.0)
 print(engine.pid, flush=True)
-if what == "working":
-    threading.Thread(target=engine.run, args=(Plan(steps=Tone.HANGS),)).start()
-    time.sleep(0.2)
+if what != "resting":
+    threading.Thread(target=engine.run, args=(Plan(steps=getattr(Tone, what)),)).start()
+    time.sleep(0.3)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    for what in ("resting", "working"):
+    for what in ("resting", "HANGS", "HOLDS"):
         command = [sys.executable, "-c", script, what]
         ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=PATIENCE, check=False)
         assert ended.returncode == -signal.SIGKILL
@@ -344,11 +421,14 @@ async def test_who_stops_a_service_that_loads_need_not_wait(stack: Stack, tmp_pa
     with socket.create_server(("127.0.0.1", 0)) as hub, pytest.MonkeyPatch.context() as environment:
         environment.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
         environment.setenv("HF_HOME", str(tmp_path))
+        environment.setenv("NO_PROXY", "127.0.0.1")
+        environment.delenv("HF_HUB_OFFLINE", raising=False)
+        hub.settimeout(START_SECONDS)
         service = await stack.service(wait=False, engine="chattts", chattts_device="cpu")
         asked, _ = await asyncio.to_thread(hub.accept)
         (engine,) = children(service.process.pid)
         service.signal(signal.SIGINT)
-        await service.wait(5.0)
+        assert await service.wait(5.0) != EXIT_CONFIG, "it did not fail by itself"
         await asyncio.to_thread(until_gone, engine)
         asked.close()
 

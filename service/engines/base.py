@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from batcher.engine import Engine
@@ -19,3 +20,7 @@ class SpeechEngine(Engine, Protocol):
     """Names from `service/voices.py` that it speaks with."""
     notice: str | None
     """What the person who started it should know."""
+
+    def watch(self, lost: Callable[[Exception], None]) -> None:
+        """Calls `lost`, on any thread, if the engine is lost, also while nothing is asked of it."""
+        ...

@@ -299,6 +299,9 @@ class EspeakEngine:
         vocoded = [self._vocode(vocode) for vocode in plan.vocode if vocode.ref.row in self._speech]
         return Report((*failed, *ended, *vocoded))
 
+    def watch(self, lost: Callable[[Exception], None]) -> None:
+        """A process of its workers that dies costs its row alone."""
+
     def close(self) -> None:
         """Ends all processes, by force where one does not end within a second."""
         for worker in self._workers.values():

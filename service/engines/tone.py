@@ -201,6 +201,9 @@ class ToneEngine:
             self._forget_all()
             raise
 
+    def watch(self, lost: Callable[[Exception], None]) -> None:
+        """It lives in this process."""
+
     def close(self) -> None:
         """Forgets all rows and lets go of the card."""
         self._forget_all()

@@ -8,6 +8,7 @@ So does the end of its stdin, which the parent holds open: however the parent di
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
@@ -20,38 +21,60 @@ import msgspec
 
 from batcher.engine import EngineOutOfMemoryError, Plan
 from common.errors import StartupError
-from common.logs import set_up_logs
+from common.logs import logger, set_up_logs
 from common.process import calm_garbage_collector
+from common.settings import Settings
 from service.engines.base import SpeechEngine
-from service.engines.process import ENCODER, Answer, Presentation
+from service.engines.process import ENCODER, Answer, Load, Presentation
 
 _PLANS = msgspec.msgpack.Decoder(Plan)
 
 
 def main(number: int) -> None:
     """Runs an engine until it is told to end. `number`: of the socket's file."""
-    # Ctrl-C reaches all processes of a terminal: the parent first lets its callers finish.
+    # A supervisor's signal reaches all processes of a service: the parent first lets its callers finish.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
     os.set_inheritable(number, False)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _end_with_parent()
     with Connection(number) as connection, suppress(EOFError, ConnectionError):
         load, settings = connection.recv()
         set_up_logs(settings.log, "engine")
-        try:
-            engine = load(settings)
-        except StartupError as error:
-            connection.send(str(error))
-            return
-        connection.send(_present(engine))
-        calm_garbage_collector()
-        _serve(engine, connection)
+        engine = _loaded(load, settings)
+        connection.send(engine if isinstance(engine, str) else _present(engine))
+        if not isinstance(engine, str):
+            calm_garbage_collector()
+            _serve(engine, connection)
+
+
+def _loaded(load: Load, settings: Settings) -> SpeechEngine | str:
+    """The engine, or why there is none."""
+    try:
+        return load(settings)
+    except StartupError as error:
+        return str(error)
+    except Exception as error:
+        logger().error("the engine cannot be loaded", exc_info=error)
+        return f"the engine cannot be loaded ({type(error).__name__}); the log says why"
 
 
 def _end_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(0)
+    """The kernel kills this process when its stdin ends, also while a call into a library keeps Python's lock.
+
+    Where there is no Linux, a thread does it, once it gets the lock.
+    """
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(0)
+
+    if sys.platform == "linux":
+        fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+    # It also sees an end that came before.
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _present(engine: SpeechEngine) -> Presentation:
@@ -69,9 +92,14 @@ def _answer(engine: SpeechEngine, plan: Plan) -> Answer:
     try:
         return Answer(report=engine.run(plan))
     except EngineOutOfMemoryError as error:
-        return Answer(out_of_memory=str(error))
+        return Answer(out_of_memory=_sendable(str(error)))
     except Exception:
-        return Answer(failed=traceback.format_exc())
+        return Answer(failed=_sendable(traceback.format_exc()))
+
+
+def _sendable(text: str) -> str:
+    """Without lone surrogates, which UTF-8 does not have."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -272,6 +272,9 @@ class ChatTTSEngine:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             raise EngineOutOfMemoryError(str(error)) from error
+
+    def watch(self, lost: Callable[[Exception], None]) -> None:
+        """It lives in this process."""
 
     def close(self) -> None:
         """Forgets all rows."""
