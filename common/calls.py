@@ -177,7 +177,7 @@ class CallFrame(grpc.GenericRpcHandler):
         self._active -= 1
         seconds = time.monotonic() - call.arrived
         metrics.CALLS.inc(call.method, call.code)
-        metrics.call_seconds(call.method).observe(seconds)
+        metrics.CALL_SECONDS.observe(call.method, seconds)
         line = {
             "method": call.method,
             "code": call.code,
