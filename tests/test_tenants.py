@@ -14,7 +14,7 @@ from common.errors import StartupError, Unauthenticated
 from common.metadata import Metadata
 from gateway.tenants import ANYONE, Bucket, Tenant, Tenants, hashed, new_key, read_tenants
 from protos.chorus.v1 import tts_pb2
-from tests.calls import Door, failure
+from tests.calls import Door, failure, logged
 from tests.stack import Stack, free_port, stream_request, text_request
 
 KEY, OTHER = new_key(), new_key()
@@ -161,9 +161,9 @@ async def test_a_gateway_asks_for_a_key_and_tells_it_to_nobody(stack: Stack, tmp
 async def test_a_batch_tenant_makes_no_interactive_calls(stack: Stack, tmp_path: Path) -> None:
     service, gateway = await stack.pair(gateway_tenants=two(tmp_path / "tenants.toml"))
     metadata = (("x-api-key", "third"), ("x-chorus-priority", "interactive"))
-    await Door(gateway).speech.Synthesize(text_request("hello"), metadata=metadata)
-    (line,) = [line for line in service.log() if line["event"] == "call" and line["tenant"] == "night"]
-    assert line["priority"] == "batch"
+    reply = await Door(gateway).speech.Synthesize(text_request("hello"), metadata=metadata)
+    line = await logged(service, reply.start.request_id)
+    assert (line["tenant"], line["priority"]) == ("night", "batch")
 
 
 @pytest.mark.parametrize("settings", [{}, {"gateway_reflection": "false", "gateway_allow_anonymous": "true"}])
