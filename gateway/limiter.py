@@ -61,7 +61,8 @@ class Admission:
         if self._tenant.concurrent is not None:
             self._entered = await self._limiter._enter(self._tenant, self._tenant.concurrent)
         try:
-            await self._limiter._spend(self._tenant, "requests", self._priority, UNITS)
+            if not self._limiter._spend_at_hand(self._tenant, "requests", self._priority, UNITS):
+                await self._limiter._spend(self._tenant, "requests", self._priority, UNITS)
         except BaseException:
             self._close()
             raise
@@ -190,6 +191,14 @@ class Limiter:
             f"tenant:{tenant.name} concurrent calls",
         )
         return False
+
+    def _spend_at_hand(self, tenant: Tenant, kind: Kind, priority: Priority, cost: int) -> bool:
+        """Spends, if that needs no waiting. So it is for most calls, which are spared two coroutines."""
+        pool = self._pool(tenant, kind, priority)
+        if pool is None or not pool.take_at_hand(cost):
+            return False
+        self._count(tenant, kind, "admitted")
+        return True
 
     async def _spend(self, tenant: Tenant, kind: Kind, priority: Priority, cost: int) -> Taken | None:
         """Spends; None: nothing was spent, since nothing limits it."""
