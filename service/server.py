@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 
@@ -115,8 +116,8 @@ def _cache_url(settings: Settings) -> str | None:
     return None if url is None else url.get_secret_value()
 
 
-def _identify(settings: Settings, metadata: Metadata, peer: str) -> str:
-    return tenant_of(metadata, peer, settings.secret, settings.service.allow_direct)
+def _identify(settings: Settings, metadata: Metadata, peer: Callable[[], str]) -> str:
+    return tenant_of(metadata, peer(), settings.secret, settings.service.allow_direct)
 
 
 def _policy(settings: BatcherSettings) -> Policy:
