@@ -36,7 +36,7 @@ class Count(Collector):
     def __init__(self, name: str, text: str, labels: Sequence[str] = ()) -> None:
         """Is shown from now on."""
         self._name, self._text, self._labels = name, text, labels
-        self._values: defaultdict[tuple[str, ...], _Since] = defaultdict(_Since)
+        self._values: defaultdict[tuple[str, ...], Counted] = defaultdict(Counted)
         if not labels:
             self.inc(by=0.0)
         REGISTRY.register(self)
@@ -44,6 +44,10 @@ class Count(Collector):
     def inc(self, *labels: str, by: float = 1.0) -> None:
         """Counts once, or an amount."""
         self._values[labels].value += by
+
+    def of(self, *labels: str) -> Counted:
+        """What is counted under labels, for who counts often: `.value` goes up by itself."""
+        return self._values[labels]
 
     def value(self, *labels: str) -> float:
         """What was counted."""
@@ -57,7 +61,7 @@ class Count(Collector):
         yield family
 
 
-class _Since:
+class Counted:
     """What was counted, and since when."""
 
     __slots__ = ("since", "value")

@@ -59,6 +59,7 @@ class Cache:
         self._forms: Lru[FormName, Form] = Lru(forms, settings.seconds, clock)
         self.generations: Generations = {}
         """As far as is known; another object whenever the cache was purged."""
+        self._found_here = metrics.CACHE_LOOKUPS.of("memory")
         self._lookups: dict[bytes, asyncio.Task[Master | None]] = {}
         self._puts: set[asyncio.Task[None]] = set()
         self._put_bytes = 0
@@ -69,7 +70,7 @@ class Cache:
         """A speech that is in memory."""
         master = self._masters.get(key)
         if master is not None:
-            metrics.CACHE_LOOKUPS.inc("memory")
+            self._found_here.value += 1
         return master
 
     async def get(self, key: bytes, tags: Tags) -> Master | None:

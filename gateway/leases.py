@@ -91,6 +91,8 @@ class Pool:
     """Off: each call asks the ledger."""
     parts: int
     """Gateways that there are."""
+    admitted: metrics.Counted
+    """Calls that got what they asked for."""
     at_hand: int = 0
     _queue: deque[tuple[int, asyncio.Future[Short | Taken]]] = field(default_factory=deque)
     _asking: asyncio.Task[None] | None = None

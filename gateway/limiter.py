@@ -197,7 +197,7 @@ class Limiter:
         pool = self._pool(tenant, kind, priority)
         if pool is None or not pool.take_at_hand(cost):
             return False
-        self._count(tenant, kind, "admitted")
+        pool.admitted.value += 1
         return True
 
     async def _spend(self, tenant: Tenant, kind: Kind, priority: Priority, cost: int) -> Taken | None:
@@ -207,7 +207,7 @@ class Limiter:
             return None
         short = await pool.take(cost)
         if isinstance(short, Taken):
-            self._count(tenant, kind, "admitted")
+            pool.admitted.value += 1
             return short
         self._refuse(
             tenant,
@@ -253,6 +253,7 @@ class Limiter:
                 self._clock,
                 leasing=self._settings.leasing,
                 parts=self._settings.gateways,
+                admitted=metrics.LIMITER_DECISIONS.of(kind, "admitted", metrics.tenant_label(tenant.name)),
             )
         self._pools[key] = tenant, pool
         return pool
