@@ -18,7 +18,7 @@ import grpc.aio
 from common import metrics
 from common.errors import ChorusError, Internal, ResourceExhausted, Unimplemented, abort, quoted
 from common.logs import log_often, logger
-from common.metadata import REQUEST_ID, Metadata, Priority, as_metadata, priority, request_id
+from common.metadata import REQUEST_ID, Metadata, Priority, as_metadata, priority, request_id, said
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -45,9 +45,10 @@ class Call:
     """A call that runs: what its log line will say."""
 
     def __init__(self, method: str, request_id: str, context: Context | None = None, metadata: Metadata = ()) -> None:
-        """`metadata`: the caller's, read once for all who ask."""
+        """`metadata`: the caller's."""
         self.method = method
         self.metadata = metadata
+        self.said = said(metadata)
         self._context = context
         self._trailers: dict[str, str | bytes] = {}
         self.tenant = ""
@@ -162,10 +163,10 @@ class CallFrame(grpc.GenericRpcHandler):
 
     def _begin(self, method: str, context: Context) -> Call:
         """A call of ours: counted, limited, logged."""
-        metadata = as_metadata(context.invocation_metadata())
-        call = Call(method, request_id(metadata), context, metadata)
-        _CALL.set(call)
+        call = Call(method, "", context, as_metadata(context.invocation_metadata()))
+        call.request_id = request_id(call.said)
         call.trail(REQUEST_ID, call.request_id)
+        _CALL.set(call)
         self._active += 1
         return call
 
@@ -173,7 +174,7 @@ class CallFrame(grpc.GenericRpcHandler):
         if self._active > self._max_calls:
             raise _no_room(self._max_calls)
         call.tenant = self._identify(call.metadata, context.peer)
-        call.priority = priority(call.metadata)
+        call.priority = priority(call.said)
 
     def _close(self, call: Call) -> None:
         self._active -= 1

@@ -120,7 +120,7 @@ class Pipeline:
                     yield reply
 
     def _keyed(self, call: Call, request: Message, deadline: float) -> Keyed | None:
-        key = read_key(call.metadata)
+        key = read_key(call.said)
         if key is None:
             return None
         return Keyed(call.tenant, call.method, key, fingerprint(request), deadline)

@@ -107,6 +107,8 @@ class Speech:
         self._cache = cache
         self._revision = revision
         self._settings = settings
+        self._most_seconds = settings.limits.unary_audio_seconds
+        self._most_bytes = max_reply_bytes(settings.limits)
         self._estimator = Estimator()
         self._backend: tts_pb2_grpc.TextToSpeechServiceAsyncStub = tts_pb2_grpc.TextToSpeechServiceStub(channel)
 
@@ -134,9 +136,9 @@ class Speech:
         form = self._cache.form(name) if name is not None and asked.control.look else None
         if form is None:
             return None
-        limits, call = self._settings.limits, turn.call
-        if form.seconds > limits.unary_audio_seconds or form.reply.audio_bytes > max_reply_bytes(limits):
+        if form.seconds > self._most_seconds or form.reply.audio_bytes > self._most_bytes:
             return None  # `whole` will say so
+        call = turn.call
         metrics.AUDIO_SECONDS_SAVED.inc(by=form.seconds)
         reply = form.reply.for_caller(call.request_id)
         timings, ms = reply.rest.end.timings, _ms_since(call.arrived)
@@ -285,12 +287,8 @@ class Speech:
         return Asked(named, control)
 
     def _control(self, turn: Turn) -> Control:
-        metadata = turn.call.metadata
-        return _control(
-            text_value(metadata, CACHE_CONTROL) or "",
-            text_value(metadata, ONLY_CACHED) or "",
-            self._settings.cache.enabled,
-        )
+        said = turn.call.said
+        return _control(said.get(CACHE_CONTROL, ""), said.get(ONLY_CACHED, ""), self._settings.cache.enabled)
 
     def _sharing(self, turn: Turn) -> Turn:
         """The turn of a text that is being written, which says with whom its segments are shared."""
