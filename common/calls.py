@@ -18,12 +18,12 @@ import grpc.aio
 from common import metrics
 from common.errors import ChorusError, Internal, ResourceExhausted, Unimplemented, abort, quoted
 from common.logs import log_often, logger
-from common.metadata import REQUEST_ID, Metadata, Priority, as_metadata, priority, request_id
+from common.metadata import REQUEST_ID, Metadata, Priority, as_metadata, priority, request_id, said
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Identify = Callable[[Metadata, str], str]
-"""A call's metadata and peer (in gRPC's notation) → the tenant it is for. Raises ChorusError."""
+Identify = Callable[[Metadata, Callable[[], str]], str]
+"""A call's metadata and peer (in gRPC's notation, if it is asked for) → the tenant it is for. Raises ChorusError."""
 
 PLAIN_SERVICES = ("/grpc.health.", "/grpc.reflection.")
 """Neither counted, limited nor logged."""
@@ -45,9 +45,10 @@ class Call:
     """A call that runs: what its log line will say."""
 
     def __init__(self, method: str, request_id: str, context: Context | None = None, metadata: Metadata = ()) -> None:
-        """`metadata`: the caller's, read once for all who ask."""
+        """`metadata`: the caller's."""
         self.method = method
         self.metadata = metadata
+        self.said = said(metadata)
         self._context = context
         self._trailers: dict[str, str | bytes] = {}
         self.tenant = ""
@@ -89,6 +90,7 @@ class CallFrame(grpc.GenericRpcHandler):
         self._max_calls = max_calls
         self._debug = debug
         self._active = 0
+        self._patience = _Patience()
         self._services: list[grpc.GenericRpcHandler] = []
         self._handlers: dict[str, Handler] = {}
         metrics.CALLS_ACTIVE.set_function(lambda: self._active)
@@ -119,7 +121,7 @@ class CallFrame(grpc.GenericRpcHandler):
         To gRPC all methods take a stream of requests: for a unary one it would itself wait, without calling anything
         of ours and without end, for the message of a caller who sends none.
         """
-        run, receive = _runner(handler), _checked if handler.request_streaming else _only
+        run, receive = _runner(handler), _checked if handler.request_streaming else self._only
         begin, admit, close = (
             (_begin_plain, self._admit_plain, _close_plain) if plain else (self._begin, self._admit, self._close)
         )
@@ -161,23 +163,24 @@ class CallFrame(grpc.GenericRpcHandler):
 
     def _begin(self, method: str, context: Context) -> Call:
         """A call of ours: counted, limited, logged."""
-        metadata = as_metadata(context.invocation_metadata())
-        call = Call(method, request_id(metadata), context, metadata)
-        _CALL.set(call)
+        call = Call(method, "", context, as_metadata(context.invocation_metadata()))
+        call.request_id = request_id(call.said)
         call.trail(REQUEST_ID, call.request_id)
+        _CALL.set(call)
         self._active += 1
         return call
 
     def _admit(self, call: Call, context: Context) -> None:
-        self._check_room()
-        call.tenant = self._identify(call.metadata, context.peer())
-        call.priority = priority(call.metadata)
+        if self._active > self._max_calls:
+            raise _no_room(self._max_calls)
+        call.tenant = self._identify(call.metadata, context.peer)
+        call.priority = priority(call.said)
 
     def _close(self, call: Call) -> None:
         self._active -= 1
         seconds = time.monotonic() - call.arrived
         metrics.CALLS.inc(call.method, call.code)
-        metrics.call_seconds(call.method).observe(seconds)
+        metrics.CALL_SECONDS.observe(call.method, seconds)
         line = {
             "method": call.method,
             "code": call.code,
@@ -185,15 +188,38 @@ class CallFrame(grpc.GenericRpcHandler):
             "tenant": call.tenant,
             "priority": call.priority,
             "ms": round(seconds * 1000, 1),
-            **({} if call.reason is None else {"reason": call.reason}),
             **call.facts,
         }
+        if call.reason is not None:
+            line["reason"] = call.reason
         log_often("call", line)
 
     def _admit_plain(self, call: Call, context: Context) -> None:
         """A call of health or reflection."""
         if call.method.startswith(self._keyed):
-            self._identify(call.metadata, context.peer())
+            self._identify(call.metadata, context.peer)
+
+    async def _only(self, requests: AsyncIterator[Any], context: Context) -> Any:
+        """The message of a unary request. It is read from the context, which saves an iterator.
+
+        Raises:
+            Unimplemented: there is none; the code that gRPC's documentation names for a wrong number of messages.
+            Internal: it cannot be parsed; likewise.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._patience.begin(task)
+        try:
+            request = await context.read()
+        except asyncio.CancelledError as error:
+            if error.args != (_LATE,) or task.uncancel():
+                raise
+            request = grpc.aio.EOF
+        finally:
+            self._patience.end(task)
+        if request is grpc.aio.EOF:
+            raise Unimplemented("this method takes one message, and none came", "MESSAGE_MISSING")
+        return _no_garbage(request)
 
     async def idle(self) -> None:
         """Waits until no call of ours runs."""
@@ -202,20 +228,20 @@ class CallFrame(grpc.GenericRpcHandler):
         while self._active:  # noqa: ASYNC110 (only while a process ends)
             await asyncio.sleep(IDLE_POLL_SECONDS)
 
-    def _check_room(self) -> None:
-        if self._active > self._max_calls:
-            raise ResourceExhausted(
-                f"{self._max_calls} calls run here already; try again in a second",
-                "TOO_MANY_CALLS",
-                retry_after=1.0,
-                quota="concurrent_calls",
-            )
-
     def _scrub(self, call: Call, error: Exception) -> Internal:
         error_id = uuid.uuid4().hex
         logger().error("internal error", error_id=error_id, method=call.method, exc_info=error)
         debug = "".join(traceback.format_exception(error)) if self._debug else None
         return Internal.of(error_id, debug)
+
+
+def _no_room(calls: int) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"{calls} calls run here already; try again in a second",
+        "TOO_MANY_CALLS",
+        retry_after=1.0,
+        quota="concurrent_calls",
+    )
 
 
 def _begin_plain(method: str, context: Context) -> Call:
@@ -279,28 +305,37 @@ def _careful(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], An
     return careful
 
 
-async def _only(requests: AsyncIterator[Any], context: Context) -> Any:
-    """The message of a unary request. It is read from the context, which saves an iterator.
+class _Patience:
+    """Ends the waiting for messages that do not come, with one timer for all: they may all take equally long.
 
-    Raises:
-        Unimplemented: there is none; the code that gRPC's documentation names for a wrong number of messages.
-        Internal: it cannot be parsed; likewise.
+    With a timer of its own each call sets one, and next to none needs it.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    # As asyncio.timeout does it, at a third of its cost: each call waits here, and next to none for long.
-    late = asyncio.get_running_loop().call_later(RECEIVE_SECONDS, task.cancel, _LATE)
-    try:
-        request = await context.read()
-    except asyncio.CancelledError as error:
-        if error.args != (_LATE,) or task.uncancel():
-            raise
-        request = grpc.aio.EOF
-    finally:
-        late.cancel()
-    if request is grpc.aio.EOF:
-        raise Unimplemented("this method takes one message, and none came", "MESSAGE_MISSING")
-    return _no_garbage(request)
+
+    def __init__(self) -> None:
+        self._since: dict[asyncio.Task[Any], float] = {}
+        """Who waits, and since when: the first has waited longest."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, task: asyncio.Task[Any]) -> None:
+        """Cancels a task when it has waited too long, unless `end` comes first."""
+        self._since[task] = time.monotonic()
+        if self._timer is None:
+            self._look()
+
+    def end(self, task: asyncio.Task[Any]) -> None:
+        """It does not wait any more."""
+        self._since.pop(task, None)
+
+    def _look(self) -> None:
+        self._timer = None
+        while self._since:
+            task, since = next(iter(self._since.items()))
+            left = since + RECEIVE_SECONDS - time.monotonic()
+            if left > 0:
+                self._timer = asyncio.get_running_loop().call_later(left, self._look)
+                return
+            del self._since[task]
+            task.cancel(_LATE)
 
 
 async def _checked(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:

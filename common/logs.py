@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import itertools
 import logging
 import sys
+import time
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 import structlog
@@ -16,9 +20,10 @@ from common.settings import LogSettings
 
 _LOG: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 """One for all: each that `get_logger` gives would be assembled again at its first event."""
-_lines: structlog.BytesLogger | None = None
+_lines: _Lines | None = None
 """Where `log_often` writes; None: through the log, as all others."""
-_process = ""
+FLUSH_SECONDS = 0.1
+MOST_WAITING = 1000
 
 
 def set_up_logs(settings: LogSettings, process: str) -> None:
@@ -39,9 +44,8 @@ def set_up_logs(settings: LogSettings, process: str) -> None:
         ),
         cache_logger_on_first_use=True,
     )
-    global _lines, _process
-    _lines = None if for_people or level > logging.INFO else structlog.BytesLogger(sys.stderr.buffer)
-    _process = process
+    global _lines
+    _lines = None if for_people or level > logging.INFO else _Lines(sys.stderr.buffer, process)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -58,15 +62,46 @@ def logger() -> structlog.typing.FilteringBoundLogger:
 
 
 def log_often(event: str, fields: dict[str, Any]) -> None:
-    """An event of level info that every call has. `fields`: becomes the line.
+    """An event of level info that every call has, from the event loop. `fields`: becomes the line.
 
     As JSON it is written here: with structlog's chain of processors the same line took a fifth of a hit's Python.
     """
     if _lines is None:
         _LOG.info(event, **fields)
-        return
-    fields |= {"event": event, "process": _process, "level": "info", "timestamp": datetime.now(UTC)}
-    _lines.msg(orjson.dumps(fields, default=repr, option=orjson.OPT_UTC_Z))
+    else:
+        _lines.add(event, fields)
+
+
+class _Lines:
+    """Lines of JSON that go out together, a moment later: one at a time they took a fifth of a hit's time.
+
+    Who is killed takes the last moment's lines along.
+    """
+
+    def __init__(self, out: BinaryIO, process: str) -> None:
+        self._out = out
+        self._process = process
+        self._waiting: list[tuple[float, str, dict[str, Any]]] = []
+        atexit.register(self.flush)
+
+    def add(self, event: str, fields: dict[str, Any]) -> None:
+        """A line of this moment."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_later(FLUSH_SECONDS, self.flush)
+        self._waiting.append((time.time(), event, fields))
+        if len(self._waiting) >= MOST_WAITING:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what there is."""
+        waiting, self._waiting = self._waiting, []
+        self._out.write(b"".join(itertools.starmap(self._line, waiting)))
+        self._out.flush()
+
+    def _line(self, moment: float, event: str, fields: dict[str, Any]) -> bytes:
+        at = datetime.fromtimestamp(moment, UTC)
+        line = fields | {"event": event, "process": self._process, "level": "info", "timestamp": at}
+        return orjson.dumps(line, default=repr, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE)
 
 
 def _renderer(for_people: bool) -> Processor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias, get_args
 
 from common.errors import InvalidArgument, Violation
@@ -39,6 +39,8 @@ PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 Sharing: TypeAlias = Literal["all", "tenant"]
 """With whom: all tenants, or only the caller's own."""
 Metadata = tuple[tuple[str, str | bytes], ...]
+Said: TypeAlias = Mapping[str, str]
+"""The text in metadata: each key's first value that is one."""
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -46,6 +48,11 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 def as_metadata(pairs: Iterable[tuple[str, str | bytes]] | None) -> Metadata:
     """A call's metadata as plain pairs."""
     return tuple(pairs or ())
+
+
+def said(metadata: Metadata) -> Said:
+    """What metadata says in text, read once for all who ask."""
+    return {name: value for name, value in reversed(metadata) if isinstance(value, str)}
 
 
 def text_value(metadata: Metadata, key: str) -> str | None:
@@ -56,19 +63,19 @@ def text_value(metadata: Metadata, key: str) -> str | None:
     return None
 
 
-def priority(metadata: Metadata) -> Priority:
+def priority(said: Said) -> Priority:
     """What a caller says of its haste.
 
     Raises:
         InvalidArgument: it is neither of the two.
     """
-    given = text_value(metadata, PRIORITY) or "interactive"
+    given = said.get(PRIORITY) or "interactive"
     if given not in PRIORITIES:
         raise InvalidArgument.of([Violation(PRIORITY, f"must be one of {', '.join(PRIORITIES)}")])
     return given
 
 
-def request_id(metadata: Metadata) -> str:
+def request_id(said: Said) -> str:
     """The caller's request id, or a new one where there is none that can be logged."""
-    given = text_value(metadata, REQUEST_ID)
+    given = said.get(REQUEST_ID)
     return given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import prometheus_client
 from prometheus_client import Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
+from prometheus_client.utils import floatToGoString
 
 from audio.budget import Budget
 from common.errors import StartupError
@@ -33,7 +36,7 @@ class Count(Collector):
     def __init__(self, name: str, text: str, labels: Sequence[str] = ()) -> None:
         """Is shown from now on."""
         self._name, self._text, self._labels = name, text, labels
-        self._values: defaultdict[tuple[str, ...], _Since] = defaultdict(_Since)
+        self._values: defaultdict[tuple[str, ...], Counted] = defaultdict(Counted)
         if not labels:
             self.inc(by=0.0)
         REGISTRY.register(self)
@@ -41,6 +44,10 @@ class Count(Collector):
     def inc(self, *labels: str, by: float = 1.0) -> None:
         """Counts once, or an amount."""
         self._values[labels].value += by
+
+    def of(self, *labels: str) -> Counted:
+        """What is counted under labels, for who counts often: `.value` goes up by itself."""
+        return self._values[labels]
 
     def value(self, *labels: str) -> float:
         """What was counted."""
@@ -54,7 +61,7 @@ class Count(Collector):
         yield family
 
 
-class _Since:
+class Counted:
     """What was counted, and since when."""
 
     __slots__ = ("since", "value")
@@ -64,8 +71,44 @@ class _Since:
         self.since = time.time()
 
 
+class Spread(Collector):
+    """A histogram that only the event loop fills, with one label: as `Count` is a counter, and for the same reason."""
+
+    def __init__(self, name: str, text: str, label: str, buckets: Sequence[float]) -> None:
+        """Is shown from now on."""
+        self._name, self._text, self._label, self._bounds = name, text, label, buckets
+        self._spreads: defaultdict[str, _Spread] = defaultdict(lambda: _Spread(len(buckets) + 1))
+        REGISTRY.register(self)
+
+    def observe(self, label: str, value: float) -> None:
+        """Puts a value into its bucket."""
+        spread = self._spreads[label]
+        spread.counts[bisect_left(self._bounds, value)] += 1
+        spread.sum += value
+
+    def collect(self) -> Iterator[Metric]:
+        """As the library's own."""
+        family = HistogramMetricFamily(self._name, self._text, labels=[self._label])
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        for label, spread in list(self._spreads.items()):
+            family.add_metric([label], list(zip(bounds, accumulate(spread.counts), strict=True)), spread.sum)
+            family.add_sample(f"{self._name}_created", {self._label: label}, spread.since)
+        yield family
+
+
+class _Spread:
+    """How many values there were of each bucket, and since when."""
+
+    __slots__ = ("counts", "since", "sum")
+
+    def __init__(self, buckets: int) -> None:
+        self.counts = [0] * buckets
+        self.sum = 0.0
+        self.since = time.time()
+
+
 CALLS = Count("chorus_calls_total", "Calls that have ended.", ["method", "code"])
-CALL_SECONDS = Histogram("chorus_call_seconds", "How long calls took.", ["method"], buckets=LATENCY_BUCKETS)
+CALL_SECONDS = Spread("chorus_call_seconds", "How long calls took.", "method", LATENCY_BUCKETS)
 CALLS_ACTIVE = Gauge("chorus_calls_active", "Calls that run now.")
 FIRST_AUDIO_SECONDS = Histogram(
     "chorus_first_audio_seconds", "From a call's arrival until its first audio left.", buckets=LATENCY_BUCKETS
@@ -149,12 +192,6 @@ def segment_counter(origin: str) -> Counter:
 def store_seconds(store: str) -> Histogram:
     """`STORE_SECONDS` of a store."""
     return STORE_SECONDS.labels(store)
-
-
-@lru_cache
-def call_seconds(method: str) -> Histogram:
-    """`CALL_SECONDS` of a method. Looking labels up costs more than observing."""
-    return CALL_SECONDS.labels(method)
 
 
 class BatcherObserver:

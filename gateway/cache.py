@@ -21,7 +21,7 @@ from common.lru import Lru
 from common.objects import Objects
 from common.settings import CacheSettings
 from common.store import Store, StoreUnavailable
-from gateway.masters import Master, Whole
+from gateway.masters import Form, Master
 
 JITTER = 0.1
 """The share by which times to live differ, so that not all that was made together goes together."""
@@ -56,9 +56,10 @@ class Cache:
         self._settings = settings
         forms = settings.memory_bytes // FORMS_SHARE
         self._masters: Lru[bytes, Master] = Lru(settings.memory_bytes - forms, settings.seconds, clock)
-        self._forms: Lru[FormName, Whole] = Lru(forms, settings.seconds, clock)
+        self._forms: Lru[FormName, Form] = Lru(forms, settings.seconds, clock)
         self.generations: Generations = {}
         """As far as is known; another object whenever the cache was purged."""
+        self._found_here = metrics.CACHE_LOOKUPS.of("memory")
         self._lookups: dict[bytes, asyncio.Task[Master | None]] = {}
         self._puts: set[asyncio.Task[None]] = set()
         self._put_bytes = 0
@@ -69,7 +70,7 @@ class Cache:
         """A speech that is in memory."""
         master = self._masters.get(key)
         if master is not None:
-            metrics.CACHE_LOOKUPS.inc("memory")
+            self._found_here.value += 1
         return master
 
     async def get(self, key: bytes, tags: Tags) -> Master | None:
@@ -105,17 +106,14 @@ class Cache:
         self._puts.add(task)
         task.add_done_callback(self._puts.discard)
 
-    def form(self, name: FormName) -> Whole | None:
-        """A speech in memory in a format, as a reply that may not be changed."""
+    def form(self, name: FormName) -> Form | None:
+        """A speech in memory in a format."""
         key, format = name
-        if format is not None:
-            return self._forms.get(name)
-        master = self.here(key)
-        return None if master is None else master.reply
+        return self.here(key) if format is None else self._forms.get(name)
 
-    def put_form(self, name: FormName, form: Whole) -> None:
+    def put_form(self, name: FormName, form: Form) -> None:
         """Keeps a speech in another format in memory, for as long as it is asked for."""
-        self._forms.put(name, form, form.audio_bytes + 1024)
+        self._forms.put(name, form, form.size)
 
     async def run(self) -> None:
         """Sees when the cache is purged, and sweeps, until cancelled."""

@@ -25,7 +25,7 @@ from common.errors import (
     Violation,
 )
 from common.logs import logger
-from common.metadata import IDEMPOTENCY_KEY, Metadata, text_value
+from common.metadata import IDEMPOTENCY_KEY, Said
 from common.objects import Objects
 from common.store import Store, StoreUnavailable
 from common.tape import Abandoned, Tape, is_anothers
@@ -51,13 +51,13 @@ _JOBS = uuid.UUID("0b6e8f5c-4a0d-5a53-9d0e-6f6c7a1f4d5b")
 M = TypeVar("M", bound=Any)
 
 
-def read_key(metadata: Metadata) -> str | None:
+def read_key(said: Said) -> str | None:
     """The key of a call, if it has one.
 
     Raises:
         InvalidArgument: it is none.
     """
-    key = text_value(metadata, IDEMPOTENCY_KEY)
+    key = said.get(IDEMPOTENCY_KEY)
     if key is None or (_KEY.fullmatch(key) and key.strip()):
         return key
     raise InvalidArgument.of([Violation(IDEMPOTENCY_KEY, "must be 1 to 255 printable ASCII characters")])

@@ -91,6 +91,8 @@ class Pool:
     """Off: each call asks the ledger."""
     parts: int
     """Gateways that there are."""
+    admitted: metrics.Counted
+    """Calls that got what they asked for."""
     at_hand: int = 0
     _queue: deque[tuple[int, asyncio.Future[Short | Taken]]] = field(default_factory=deque)
     _asking: asyncio.Task[None] | None = None
@@ -101,14 +103,22 @@ class Pool:
     def __post_init__(self) -> None:
         self._demand = _Demand(self.clock())
 
-    async def take(self, cost: int) -> Short | Taken:
-        """Spends, or says what is short and when to come again. A cancel while it waits spends nothing."""
+    def take_at_hand(self, cost: int) -> bool:
+        """Spends, if that needs no waiting; so most calls do. Otherwise `take` is to be asked."""
+        if self._queue or cost > self.at_hand:
+            return False
         now = self.clock()
         self._demand.add(cost, now)
-        if not self._queue and cost <= self.at_hand:
-            self.at_hand -= cost
-            self._spent_at = now
+        self.at_hand -= cost
+        self._spent_at = now
+        return True
+
+    async def take(self, cost: int) -> Short | Taken:
+        """Spends, or says what is short and when to come again. A cancel while it waits spends nothing."""
+        if self.take_at_hand(cost):
             return FROM_LEDGER
+        now = self.clock()
+        self._demand.add(cost, now)
         if self._promise is not None and cost >= self._promise.cost and self._promise.holds(now):
             return self._promise.refuse(cost, now)
         if len(self._queue) >= MAX_QUEUED:

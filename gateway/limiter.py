@@ -61,7 +61,8 @@ class Admission:
         if self._tenant.concurrent is not None:
             self._entered = await self._limiter._enter(self._tenant, self._tenant.concurrent)
         try:
-            await self._limiter._spend(self._tenant, "requests", self._priority, UNITS)
+            if not self._limiter._spend_at_hand(self._tenant, "requests", self._priority, UNITS):
+                await self._limiter._spend(self._tenant, "requests", self._priority, UNITS)
         except BaseException:
             self._close()
             raise
@@ -191,6 +192,14 @@ class Limiter:
         )
         return False
 
+    def _spend_at_hand(self, tenant: Tenant, kind: Kind, priority: Priority, cost: int) -> bool:
+        """Spends, if that needs no waiting. So it is for most calls, which are spared two coroutines."""
+        pool = self._pool(tenant, kind, priority)
+        if pool is None or not pool.take_at_hand(cost):
+            return False
+        pool.admitted.value += 1
+        return True
+
     async def _spend(self, tenant: Tenant, kind: Kind, priority: Priority, cost: int) -> Taken | None:
         """Spends; None: nothing was spent, since nothing limits it."""
         pool = self._pool(tenant, kind, priority)
@@ -198,7 +207,7 @@ class Limiter:
             return None
         short = await pool.take(cost)
         if isinstance(short, Taken):
-            self._count(tenant, kind, "admitted")
+            pool.admitted.value += 1
             return short
         self._refuse(
             tenant,
@@ -244,6 +253,7 @@ class Limiter:
                 self._clock,
                 leasing=self._settings.leasing,
                 parts=self._settings.gateways,
+                admitted=metrics.LIMITER_DECISIONS.of(kind, "admitted", metrics.tenant_label(tenant.name)),
             )
         self._pools[key] = tenant, pool
         return pool

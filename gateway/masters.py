@@ -66,19 +66,27 @@ class Whole:
         return b"".join((self.sound, self.rest.SerializeToString()))
 
 
-class Master:
-    """A complete speech in RAW PCM_S16LE at its engine's rate. Never changed."""
+class Form:
+    """A complete speech in some format, as it is kept. Never changed."""
 
     def __init__(self, reply: Whole) -> None:
         """`reply`: not changed by anybody from now on."""
         self.reply = reply
         """To be read only."""
         rest = reply.rest
-        self.made_as = rest.start.cache_status
-        """How its backend made it: MISS, or BYPASS if not under the key that it was asked for."""
         self.size = reply.audio_bytes + 64 * len(rest.marks) + 512
         """Bytes, about."""
         self.seconds = rest.end.sample_count / rest.start.format.sample_rate_hertz
+
+
+class Master(Form):
+    """One in RAW PCM_S16LE at its engine's rate."""
+
+    def __init__(self, reply: Whole) -> None:
+        """`reply`: not changed by anybody from now on."""
+        super().__init__(reply)
+        self.made_as = reply.rest.start.cache_status
+        """How its backend made it: MISS, or BYPASS if not under the key that it was asked for."""
 
     @classmethod
     def of(cls, whole: Whole) -> Master | None:

@@ -29,7 +29,7 @@ from common.settings import Settings
 from gateway.claims import Keyed
 from gateway.idempotency import Idempotency, fingerprint, read_key
 from gateway.limiter import Admission, Limiter
-from gateway.tenants import Tenants
+from gateway.tenants import Tenant, Tenants
 from gateway.upstream import told
 
 Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[Any, Any]"
@@ -41,6 +41,7 @@ class Turn(NamedTuple):
     """A call that has its turn: what its backends are told, and how long they have."""
 
     call: Call
+    tenant: Tenant
     admission: Admission
     deadline: float
     """On the monotonic clock, in seconds."""
@@ -92,11 +93,11 @@ class Pipeline:
     ) -> Reply:
         """A call with one reply. `make`: makes it, once it has its turn."""
         call = current_call()
-        self._set_priority(call)
+        tenant = self._tenant(call)
         deadline = self._deadline(context)
         keyed = self._keyed(call, request, deadline)
         async with self._limiter.admitted(call.tenant, call.priority) as admission:
-            turn = Turn(call, admission, deadline, self._settings.secret)
+            turn = Turn(call, tenant, admission, deadline, self._settings.secret)
             return await (make(turn) if keyed is None else self._idempotency.unary(keyed, kind, lambda: make(turn)))
 
     async def stream(
@@ -108,26 +109,28 @@ class Pipeline:
     ) -> AsyncGenerator[Reply, None]:
         """A call with a stream of replies. `request`: None: it is a stream too, which cannot be told twice."""
         call = current_call()
-        self._set_priority(call)
+        tenant = self._tenant(call)
         deadline = self._deadline(context)
         keyed = None if request is None else self._keyed(call, request, deadline)
         async with self._limiter.admitted(call.tenant, call.priority) as admission:
-            turn = Turn(call, admission, deadline, self._settings.secret)
+            turn = Turn(call, tenant, admission, deadline, self._settings.secret)
             replies = make(turn) if keyed is None else self._idempotency.stream(keyed, kind, lambda: make(turn))
             async with aclosing(replies):
                 async for reply in replies:
                     yield reply
 
     def _keyed(self, call: Call, request: Message, deadline: float) -> Keyed | None:
-        key = read_key(call.metadata)
+        key = read_key(call.said)
         if key is None:
             return None
         return Keyed(call.tenant, call.method, key, fingerprint(request), deadline)
 
-    def _set_priority(self, call: Call) -> None:
-        """A tenant whose work is batch work makes no other, whatever its calls say."""
-        if self._tenants.get(call.tenant).priority == "batch":
+    def _tenant(self, call: Call) -> Tenant:
+        """Whose call it is. A tenant whose work is batch work makes no other, whatever its calls say."""
+        tenant = self._tenants.get(call.tenant)
+        if tenant.priority == "batch":
             call.priority = "batch"
+        return tenant
 
     def _deadline(self, context: Context) -> float:
         """When backends must have ended: the caller's deadline, within the server's maximum, less the way back."""

@@ -68,7 +68,7 @@ async def serve(settings: Settings) -> None:
         pipeline = Pipeline(settings, tenants, limiter, idempotency)
         cache, flights = Cache(cache_store, objects, settings.cache), Flights(settings, channel)
         revision = _revision(settings, channel)
-        speech = Speech(channel, flights, cache, revision, tenants, settings)
+        speech = Speech(channel, flights, cache, revision, settings)
         _register(Servicer(pipeline, speech, Transcoder(encoders, settings.limits), channel), server)
         await server.start(settings.gateway.listen)
 

@@ -16,6 +16,7 @@ import grpc.aio
 
 from audio.frames import SAMPLE_BYTES
 from common import metrics
+from common.calls import Call
 from common.encoding import max_reply_bytes, max_reply_seconds, too_long
 from common.errors import ChorusError, NotFound
 from common.generations import Generations
@@ -36,10 +37,10 @@ from gateway.cache import Cache, FormName, Tags
 from gateway.estimate import Estimator, Spoken
 from gateway.flights import Flights, Wanted
 from gateway.limiter import Admission
-from gateway.masters import Master, Whole
+from gateway.masters import Form, Master, Whole
 from gateway.pipeline import Turn, forward, forward_stream
 from gateway.revision import Revision
-from gateway.tenants import Tenants
+from gateway.tenants import Tenant
 from gateway.transcoder import is_plain
 from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 
@@ -100,14 +101,14 @@ class Speech:
         flights: Flights,
         cache: Cache,
         revision: Revision,
-        tenants: Tenants,
         settings: Settings,
     ) -> None:
         self._flights = flights
         self._cache = cache
         self._revision = revision
-        self._tenants = tenants
         self._settings = settings
+        self._most_seconds = settings.limits.unary_audio_seconds
+        self._most_bytes = max_reply_bytes(settings.limits)
         self._estimator = Estimator()
         self._backend: tts_pb2_grpc.TextToSpeechServiceAsyncStub = tts_pb2_grpc.TextToSpeechServiceStub(channel)
 
@@ -135,13 +136,14 @@ class Speech:
         form = self._cache.form(name) if name is not None and asked.control.look else None
         if form is None:
             return None
-        start, limits = form.rest.start, self._settings.limits
-        seconds = form.rest.end.sample_count / start.format.sample_rate_hertz
-        if seconds > limits.unary_audio_seconds or form.audio_bytes > max_reply_bytes(limits):
+        if form.seconds > self._most_seconds or form.reply.audio_bytes > self._most_bytes:
             return None  # `whole` will say so
-        metrics.AUDIO_SECONDS_SAVED.inc(by=seconds)
-        reply = form.for_caller(turn.call.request_id)
-        _tell(turn, start.cache_status, reply.rest.end, _ms_since(turn.call.arrived))
+        call = turn.call
+        metrics.AUDIO_SECONDS_SAVED.inc(by=form.seconds)
+        reply = form.reply.for_caller(call.request_id)
+        timings, ms = reply.rest.end.timings, _ms_since(call.arrived)
+        timings.first_audio_ms = timings.total_ms = ms
+        _trail(call, "HIT", f"cache;desc=HIT, total;dur={ms:.1f}")
         return reply
 
     def keep_form(self, asked: Asked, reply: Whole) -> Whole:
@@ -149,9 +151,9 @@ class Speech:
         name = asked.named.form
         hit = reply.rest.start.cache_status == tts_pb2.CACHE_STATUS_HIT
         if hit and name is not None and name[1] is not None:
-            form = reply.for_caller("")
-            form.rest.end.ClearField("timings")
-            self._cache.put_form(name, form)
+            kept = reply.for_caller("")
+            kept.rest.end.ClearField("timings")
+            self._cache.put_form(name, Form(kept))
         return reply
 
     async def stream(
@@ -277,7 +279,7 @@ class Speech:
         control = self._control(turn)
         words = request.SerializeToString(deterministic=True)
         name = _name if len(words) <= REMEMBERED_BYTES else _name.__wrapped__
-        named = name(words, self._revision.current or "", self._scope(turn))
+        named = name(words, self._revision.current or "", _scope(turn.tenant))
         if not control.keep:
             named = named._replace(key=None)
         elif named.key is not None:
@@ -285,24 +287,15 @@ class Speech:
         return Asked(named, control)
 
     def _control(self, turn: Turn) -> Control:
-        words = text_value(turn.call.metadata, CACHE_CONTROL)
-        said = {word.strip() for word in words.lower().split(",")} if words else ()
-        keep = self._settings.cache.enabled and "no-store" not in said
-        look = keep and "no-cache" not in said
-        only = text_value(turn.call.metadata, ONLY_CACHED) not in (None, "", "0", "false") or "only-if-cached" in said
-        return Control(look, keep, only)
+        said = turn.call.said
+        return _control(said.get(CACHE_CONTROL, ""), said.get(ONLY_CACHED, ""), self._settings.cache.enabled)
 
     def _sharing(self, turn: Turn) -> Turn:
         """The turn of a text that is being written, which says with whom its segments are shared."""
         if not self._control(turn).look:
             return turn
-        sharing: Sharing = "tenant" if self._scope(turn) else "all"
+        sharing: Sharing = "tenant" if _scope(turn.tenant) else "all"
         return turn.saying((INTERNAL_SHARING, sharing))
-
-    def _scope(self, turn: Turn) -> str:
-        """The tenant, if it shares with nobody."""
-        tenant = self._tenants.get(turn.call.tenant)
-        return tenant.name if tenant.cache_scope == "tenant" else ""
 
     def _wanted(self, asked: Asked, turn: Turn) -> Wanted | None:
         """What others may ask for too; None: nobody shares it, or there is no room for what is shared."""
@@ -409,6 +402,19 @@ async def _replayed(master: Master, turn: Turn) -> AsyncGenerator[SpeechMessage,
         yield message
 
 
+def _scope(tenant: Tenant) -> str:
+    """The tenant, if it shares with nobody."""
+    return tenant.name if tenant.cache_scope == "tenant" else ""
+
+
+@lru_cache
+def _control(words: str, only_cached: str, enabled: bool) -> Control:
+    said = {word.strip() for word in words.lower().split(",")}
+    keep = enabled and "no-store" not in said
+    look = keep and "no-cache" not in said
+    return Control(look, keep, only_cached not in ("", "0", "false") or "only-if-cached" in said)
+
+
 @lru_cache(maxsize=REMEMBERED)
 def _name(words: bytes, revision: str, scope: str) -> Named:
     """Under what a request is found. Remembered, since what is hot is asked for again in the same words.
@@ -442,9 +448,6 @@ def _tell(turn: Turn, status: Any, end: tts_pb2.StreamEnd, first_ms: float) -> N
     """Says where the audio came from, and what took how long."""
     name = STATUS_NAMES[status]
     total_ms = _ms_since(turn.call.arrived)
-    metrics.CACHE_STATUS.inc(name)
-    turn.call.facts["cache"] = name
-    turn.call.trail(CACHE_TRAILER, name)
     parts = [f"cache;desc={name}"]
     # Who joined did not wait in the row's queue, and came when some of it was there already.
     if end.HasField("timings") and status != tts_pb2.CACHE_STATUS_COALESCED:
@@ -454,7 +457,15 @@ def _tell(turn: Turn, status: Any, end: tts_pb2.StreamEnd, first_ms: float) -> N
     else:
         end.ClearField("timings")
         end.timings.first_audio_ms, end.timings.total_ms = first_ms, total_ms
-    turn.call.trail(TIMING_TRAILER, ", ".join([*parts, f"total;dur={total_ms:.1f}"]))
+    _trail(turn.call, name, ", ".join([*parts, f"total;dur={total_ms:.1f}"]))
+
+
+def _trail(call: Call, name: str, timing: str) -> None:
+    """The same in trailers, log and metrics."""
+    metrics.CACHE_STATUS.inc(name)
+    call.facts["cache"] = name
+    call.trail(CACHE_TRAILER, name)
+    call.trail(TIMING_TRAILER, timing)
 
 
 def _ms_since(moment: float) -> float:

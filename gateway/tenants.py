@@ -164,8 +164,8 @@ class Tenants:
         self._registry = Registry({}, {}) if path is None else read_tenants(path)
         self._known = {ANYONE: Tenant(ANYONE)} | dict(self._registry.tenants)
 
-    def identify(self, metadata: Metadata, peer: str) -> str:
-        """The tenant of a call. What a caller says in internal metadata is not heard.
+    def identify(self, metadata: Metadata, peer: object = None) -> str:
+        """The tenant of a call, from wherever it comes. What a caller says in internal metadata is not heard.
 
         Raises:
             Unauthenticated: the key is missing, or nobody's.

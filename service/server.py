@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import fields
 from functools import partial
@@ -133,8 +134,8 @@ def _cache_url(settings: Settings) -> str | None:
     return None if url is None else url.get_secret_value()
 
 
-def _identify(settings: Settings, metadata: Metadata, peer: str) -> str:
-    return tenant_of(metadata, peer, settings.secret, settings.service.allow_direct)
+def _identify(settings: Settings, metadata: Metadata, peer: Callable[[], str]) -> str:
+    return tenant_of(metadata, peer(), settings.secret, settings.service.allow_direct)
 
 
 def _policy(settings: BatcherSettings) -> Policy:

@@ -380,13 +380,13 @@ async def test_many_gateways_many_callers_who_come_and_go(valkey: Valkey, tmp_pa
 @pytest.mark.parametrize("key", ["", " ", "x" * 256, "täst", "a\nb"])
 def test_what_is_no_key(key: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        read_key((("idempotency-key", key),))
+        read_key({"idempotency-key": key})
     assert [violation.field for violation in caught.value.violations] == ["idempotency-key"]
 
 
 def test_keys() -> None:
-    assert read_key(()) is None
-    assert read_key((("idempotency-key", "a b"),)) == "a b"
+    assert read_key({}) is None
+    assert read_key({"idempotency-key": "a b"}) == "a b"
     assert job_id("a", "k") == job_id("a", "k")
     assert len({job_id("a", "k"), job_id("b", "k"), job_id("a", "l")}) == 3
     assert grpc.StatusCode.ABORTED is Aborted.code
