@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common.keys import canonical_text, derived_seed, speech_key
@@ -121,6 +121,7 @@ def test_what_is_not_whole_is_no_master(fields: dict[str, Any]) -> None:
 
 
 @given(st.binary(max_size=40), st.integers(0, 3100))
+@example(b"\x01", 4)
 def test_damage_is_seen(noise: bytes, at: int) -> None:
     kept = master().to_bytes(KEY)
     assert Master.from_bytes(KEY, kept) is not None
