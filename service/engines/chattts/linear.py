@@ -7,14 +7,12 @@ fp32, which FBGEMM multiplies without making floats of them.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 
 import torch
 import torch.cpu
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
 Linear = Callable[[Tensor], Tensor]
@@ -99,7 +97,7 @@ class _Int8:
                 torch.backends.quantized.engine = before
 
     def __call__(self, x: Tensor) -> Tensor:
-        peak = vector_norm(x, ord=math.inf, dim=-1, keepdim=True).clamp_min_(_PEAK)
+        peak = x.abs().amax(dim=-1, keepdim=True).clamp_min_(_PEAK)  # an infinity norm is many times slower
         product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x / peak, 1 / INPUT_LEVELS, _ZERO_POINT, self._weight
         )
