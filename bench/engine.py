@@ -71,7 +71,7 @@ TIE = 1e-4
 READ_BYTES = 1 << 28
 Dtype = Literal["fp32", "bf16", "int8"]
 DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "int8") if has_bf16() else ("fp32", "int8")
-NOT_MEASURED = ("torch.compile", *(() if has_bf16() else ("bf16, which this processor would have to emulate",)))
+NOT_MEASURED = () if has_bf16() else ("bf16, which this processor would have to emulate",)
 
 Figures = dict[str, Any]
 

@@ -37,4 +37,4 @@ def test_it_compares_with_upstream() -> None:
         assert report[field].keys() == {*dtypes, "upstream"}
     assert report["int8_logit_error"] < 0.1
     assert report["peak_rss_mb"] > 0
-    assert report["not_measured"]
+    assert bool(report["not_measured"]) is not has_bf16()
