@@ -121,7 +121,7 @@ class Runner:
     ) -> None:
         """Takes the engine over.
 
-        `on_error` hears of engine failures, on the engine's thread. `on_death` is called on the event loop if the
+        `on_error` hears of engine failures, on the thread that notices. `on_death` is called on the event loop if the
         thread itself fails or the engine is gone: nothing will be spoken any more.
         """
         self.engine = engine
