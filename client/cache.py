@@ -15,8 +15,9 @@ from client.client import CallError, Client, Options
 from client.embedded import url_of
 from common.errors import StartupError
 from common.settings import Settings
+from common.shelf import Tags
 from common.store import Store, StoreUnavailable
-from gateway.cache import Tags, purge, purge_key
+from gateway.cache import purge, purge_key
 from protos.chorus.v1 import tts_pb2
 
 PATIENCE_SECONDS = 2.0

@@ -1,48 +1,35 @@
 """The result cache: speeches that were made, in memory, behind it in a store, and what is large in an object store.
 
-Whatever is wrong with the stores, a lookup is a miss and never an error. There are generations, of everything, of a
-voice and of a revision, which are a part of all names in the store: a purge raises one, and nothing of before is found
-any more. Gateways forget what they hold in memory when they see it, within GENERATION_SECONDS.
+Whatever is wrong with the stores, a lookup is a miss and never an error. When speeches are purged, gateways forget what
+they hold in memory within GENERATION_SECONDS.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from common import metrics
 from common.generations import GENERATION_SECONDS, GENERATIONS, Generations, read_generations
-from common.logs import logger
 from common.lru import Lru
 from common.objects import Objects
 from common.settings import CacheSettings
+from common.shelf import MEMORY, Shelf, Tags, name
 from common.store import Store, StoreUnavailable
 from gateway.masters import Form, Master
 
-JITTER = 0.1
-"""The share by which times to live differ, so that not all that was made together goes together."""
-MAX_PUT_BYTES = 64 * 1024 * 1024
-"""Speeches on their way to the store; of more, it is not told."""
+KIND = "cache"
+"""What speeches are called in the stores."""
 FORMS_SHARE = 5
 """The part of the memory that is for encoded forms."""
 SWEEP_SECONDS = 3600.0
 
-_INLINE, _POINTER = b"i", b"p"
-
 
 FormName: TypeAlias = tuple[bytes, bytes | None]
 """A speech's key, and a format as it was asked for; None: the master's own."""
-
-
-class Tags(NamedTuple):
-    """By what speeches are purged."""
-
-    voice: str
-    revision: str
 
 
 class Cache:
@@ -51,20 +38,20 @@ class Cache:
     def __init__(
         self, store: Store, objects: Objects, settings: CacheSettings, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._store = store
+        self._shelf = Shelf(KIND, store, settings, objects)
         self._objects = objects
-        self._settings = settings
         forms = settings.memory_bytes // FORMS_SHARE
         self._masters: Lru[bytes, Master] = Lru(settings.memory_bytes - forms, settings.seconds, clock)
         self._forms: Lru[FormName, Form] = Lru(forms, settings.seconds, clock)
-        self.generations: Generations = {}
-        """As far as is known; another object whenever the cache was purged."""
         self._found_here = metrics.CACHE_LOOKUPS.of("memory")
         self._lookups: dict[bytes, asyncio.Task[Master | None]] = {}
-        self._puts: set[asyncio.Task[None]] = set()
-        self._put_bytes = 0
         metrics.CACHE_BYTES.set_function(lambda: self._masters.bytes + self._forms.bytes)
         metrics.CACHE_EVICTED.set_function(lambda: self._masters.evicted + self._forms.evicted)
+
+    @property
+    def generations(self) -> Generations:
+        """As far as is known; another object whenever the cache was purged."""
+        return self._shelf.generations
 
     def here(self, key: bytes) -> Master | None:
         """A speech that is in memory."""
@@ -76,7 +63,7 @@ class Cache:
     async def get(self, key: bytes, tags: Tags) -> Master | None:
         """A speech, wherever it is. Callers who ask at the same time share one lookup."""
         master = self.here(key)
-        if master is not None or not self._store.worth_asking:
+        if master is not None or not self._shelf.worth_asking:
             if master is None:
                 metrics.CACHE_LOOKUPS.inc("miss")
             return master
@@ -96,15 +83,7 @@ class Cache:
         if asked is not self.generations:
             return
         self._masters.put(key, master, master.size)
-        if not self._store.worth_asking:
-            return
-        if self._put_bytes + master.size > MAX_PUT_BYTES:
-            metrics.CACHE_PUTS_DROPPED.inc()
-            return
-        self._put_bytes += master.size
-        task = asyncio.create_task(self._put(key, _name(key, tags, asked), master))
-        self._puts.add(task)
-        task.add_done_callback(self._puts.discard)
+        self._shelf.put(key, tags, master.parts(), asked)
 
     def form(self, name: FormName) -> Form | None:
         """A speech in memory in a format."""
@@ -124,64 +103,24 @@ class Cache:
             if time.monotonic() - swept > SWEEP_SECONDS:
                 swept = time.monotonic()
                 with suppress(StoreUnavailable):
-                    await self._objects.sweep("cache", days=2)
+                    await self._objects.sweep(KIND, days=2)
 
     async def refresh(self) -> None:
         """Looks whether the cache was purged."""
-        if not self._store.worth_asking:
-            return
-        with suppress(StoreUnavailable):
-            generations = await read_generations(self._store)
-            if generations != self.generations:
-                if self.generations:
-                    logger().info("the cache was purged")
-                self.generations = generations
-                self._masters.clear()
-                self._forms.clear()
+        if await self._shelf.refresh():
+            self._masters.clear()
+            self._forms.clear()
 
     async def settle(self) -> None:
         """Waits until the store has heard of all that was kept."""
-        await asyncio.gather(*self._puts, return_exceptions=True)
+        await self._shelf.settle()
 
     async def _look_up(self, key: bytes, tags: Tags) -> Master | None:
-        asked = self.generations
-        name = _name(key, tags, asked)
-        try:
-            value = await self._store.command("GET", name)
-            if value is None:
-                return None
-            data: bytes | memoryview | None = memoryview(value)[1:]
-            if value[:1] == _POINTER:
-                data = await self._objects.get(value[1:].decode())
-        except StoreUnavailable:
-            return None
-        master = None if data is None else Master.from_bytes(key, data)
-        if master is None:
-            metrics.CACHE_DAMAGED.inc()
-            with suppress(StoreUnavailable):
-                await self._store.command("DEL", name)
-            return None
-        if asked is not self.generations:
-            return None  # it was purged meanwhile
-        self._masters.put(key, master, master.size)
+        kept = await self._shelf.get(key, tags)
+        master = None if kept is None else Master.from_bytes(kept)
+        if master is not None:
+            self._masters.put(key, master, master.size)
         return master
-
-    async def _put(self, key: bytes, name: str, master: Master) -> None:
-        data = master.to_bytes(key)
-        value = _INLINE + data
-        try:
-            if len(data) > self._settings.inline_bytes:
-                place = self._objects.name("cache", key.hex())
-                await self._objects.put(place, data)
-                value = _POINTER + place.encode()
-            await self._store.command("SET", name, value, "EX", round(self._seconds()))
-        except StoreUnavailable:
-            metrics.CACHE_PUTS_DROPPED.inc()
-        finally:
-            self._put_bytes -= master.size
-
-    def _seconds(self) -> float:
-        return self._settings.seconds * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 (no secret)
 
 
 async def purge(store: Store, what: str = "all") -> None:
@@ -200,12 +139,6 @@ async def purge_key(store: Store, key: bytes, tags: Tags) -> bool:
         StoreUnavailable: the store does not answer.
     """
     generations = await read_generations(store)
-    was_there = bool(await store.command("DEL", _name(key, tags, generations)))
-    await store.command("HINCRBY", GENERATIONS, "memory", 1)  # of no name, but seen
+    was_there = bool(await store.command("DEL", name(KIND, key, tags, generations)))
+    await store.command("HINCRBY", GENERATIONS, MEMORY, 1)
     return was_there
-
-
-def _name(key: bytes, tags: Tags, generations: Generations) -> str:
-    parts = (b"all", b"voice:" + tags.voice.encode(), b"revision:" + tags.revision.encode())
-    generation = ".".join(generations.get(part, b"0").decode() for part in parts)
-    return f"cache:{generation}:{key.hex()}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterable, Iterator
 
 from google.protobuf.message import DecodeError
@@ -15,7 +14,7 @@ from protos.chorus.v1 import tts_pb2
 CHUNK_SECONDS = 0.5
 """Of a replay's chunks. The reader sets the pace, so they are as large as is handy."""
 
-_HEAD = struct.Struct(">II")
+_LENGTH = struct.Struct(">I")
 
 
 class Whole:
@@ -136,26 +135,20 @@ class Master(Form):
         end.CopyFrom(reply.end)
         yield end
 
-    def to_bytes(self, key: bytes) -> bytes:
-        """As it is kept under a key: a checksum, how long all but the audio is, that, and the audio."""
-        rest, sound = self.reply.rest.SerializeToString(), self.reply.sound
-        head = _HEAD.pack(_checksum(key, rest, sound), len(rest))
-        return b"".join((head, rest, sound))
+    def parts(self) -> tuple[bytes, bytes, bytes | memoryview]:
+        """As it is kept: how long all but the audio is, that, and the audio."""
+        rest = self.reply.rest.SerializeToString()
+        return (_LENGTH.pack(len(rest)), rest, self.reply.sound)
 
     @classmethod
-    def from_bytes(cls, key: bytes, data: bytes | memoryview) -> Master | None:
-        """As it was kept under a key; None if it is damaged, or was not kept under this key. It holds on to `data`."""
-        view = memoryview(data)
-        if len(view) < _HEAD.size:
-            return None
-        checksum, length = _HEAD.unpack_from(view)
-        rest, sound = bytes(view[_HEAD.size : _HEAD.size + length]), view[_HEAD.size + length :]
-        if checksum != _checksum(key, rest, sound):
-            return None
+    def from_bytes(cls, kept: memoryview) -> Master | None:
+        """As it was kept; None if it was not. It holds on to `kept`."""
         try:
-            told = tts_pb2.SynthesizeResponse.FromString(rest)
+            (length,) = _LENGTH.unpack_from(kept)
+            told = tts_pb2.SynthesizeResponse.FromString(bytes(kept[_LENGTH.size : _LENGTH.size + length]))
+            sound = kept[_LENGTH.size + length :]
             return cls(Whole(told, sound, told.end.sample_count * SAMPLE_BYTES))
-        except (DecodeError, ZeroDivisionError):
+        except (struct.error, DecodeError, ZeroDivisionError):
             return None
 
 
@@ -174,12 +167,3 @@ def gathered(messages: Iterable[SpeechMessage]) -> tts_pb2.SynthesizeResponse:
                 reply.end.CopyFrom(message)
     reply.audio = bytes(audio)
     return reply
-
-
-def _checksum(key: bytes, rest: bytes, sound: bytes | memoryview) -> int:
-    """Against damage, not against malice: who can write to the store can make any checksum.
-
-    A cryptographic digest of the audio took six times as long, which was a quarter of a large hit from the store.
-    """
-    head = b"%d " % len(rest)  # where the rest ends is told too, and may be damaged like all else
-    return zlib.crc32(sound, zlib.crc32(rest, zlib.crc32(key, zlib.crc32(head))))

@@ -31,9 +31,10 @@ from common.metadata import (
     text_value,
 )
 from common.settings import Settings
+from common.shelf import Tags
 from common.spans import restorer
 from common.speech import SpeechMessage, as_field, read_wish
-from gateway.cache import Cache, FormName, Tags
+from gateway.cache import Cache, FormName
 from gateway.estimate import Estimator, Spoken
 from gateway.flights import Flights, Wanted
 from gateway.limiter import Admission

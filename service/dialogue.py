@@ -55,7 +55,7 @@ class _Part:
 
     row: Segment
     flight: Flight
-    origin: Origin
+    begun_as: Origin
     seconds: float
     """What it is expected to come to."""
     rate: int
@@ -64,13 +64,19 @@ class _Part:
     """Something of it was taken."""
     taken: int = 0
     """Samples."""
+    counted: bool = False
 
     def __post_init__(self) -> None:
         self.follower = Follower(self.flight.tape)
 
     @property
+    def origin(self) -> Origin:
+        """Where its audio comes from. That the store has it turns out when it was begun."""
+        return Origin.KEPT if self.flight.found and self.begun_as is Origin.MADE else self.begun_as
+
+    @property
     def admitted(self) -> bool:
-        """The batcher takes it, or has taken it."""
+        """The batcher takes it, or has taken it, or the store has it."""
         return bool(self.flight.tape.messages)
 
     @property
@@ -180,6 +186,7 @@ class Dialogue:
         """Hears no more: what nobody else hears is made no further."""
         self._account.made_seconds += sum(part.owed for part in self._parts)
         for part in self._parts:
+            self._count(part)
             part.follower.leave()
         self._parts.clear()
 
@@ -187,13 +194,34 @@ class Dialogue:
 
     def _begin_more(self) -> None:
         """Keeps as many rows in flight as a stream may have, and what comes next of them in the making."""
-        self._let_in |= any(part.admitted and part.origin is Origin.MADE for part in self._parts)
+        self._look()
         while self._later and self._may_begin():
             self._parts.append(self._begin(self._later.popleft(), self._parts))
+            self._look()
         for part in self._parts:
             part.flight.release()
             if not part.over:
                 break
+
+    def _look(self) -> None:
+        """Sees where the parts come from that have begun."""
+        for part in self._parts:
+            if part.admitted or part.begun_as is not Origin.MADE:
+                self._count(part)
+        self._let_in |= any(part.admitted and part.origin is Origin.MADE for part in self._parts)
+
+    def _count(self, part: _Part) -> None:
+        if part.counted:
+            return
+        part.counted = True
+        shared = part.origin is not Origin.MADE
+        metrics.segment_counter(part.origin.value).inc()
+        self._account.shared += shared
+        if shared and not part.row.index:
+            # Nothing is asked of the batcher yet. Who comes while it is full waits for room with the first part that
+            # must be made: what others have said costs nothing, and is no way round the bounds.
+            call = self._listener.call
+            self._let_in = self._runner.has_room([part.row], call.tenant, Priority(call.priority))
 
     def _may_begin(self) -> bool:
         if not self._let_in and any(not part.admitted for part in self._parts):
@@ -205,13 +233,6 @@ class Dialogue:
     def _begin(self, row: Segment, before: Iterable[_Part]) -> _Part:
         heard_from = self._heard_from(before) if self._let_in else None
         flight, origin = self._segments.find(row, self._listener, heard_from)
-        if not row.index and origin is not Origin.MADE:
-            # Nothing is asked of the batcher yet. Who comes while it is full waits for room with the first part that
-            # must be made: what others have said costs nothing, and is no way round the bounds.
-            call = self._listener.call
-            self._let_in = self._runner.has_room([row], call.tenant, Priority(call.priority))
-        metrics.segment_counter(origin.value).inc()
-        self._account.shared += origin is not Origin.MADE
         return _Part(row, flight, origin, self._runner.predict(row), self._rate)
 
     def _heard_from(self, before: Iterable[_Part]) -> float:

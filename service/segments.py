@@ -1,13 +1,14 @@
 """Single flight for texts that are spoken while they are written: each segment is made once for all who say the same.
 
 Nobody knows such a text when it begins, so it has no key; each of its segments has one, once it is written. What is
-made is a flight of one row. It is heard while it is made, and when it has ended it is kept for those who say it again.
+made is a flight of one row. It is heard while it is made, and when it has ended it is kept for those who say it again:
+here, and in the cache's store for those who say it elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,18 +17,21 @@ from typing import TypeAlias
 from audio.frames import SAMPLE_BYTES
 from batcher.engine import EndReason, Segment
 from batcher.errors import BatcherError, QueueFullError
-from batcher.request import Audio, Event, Priority, RequestEnded, RequestFailed
+from batcher.request import Audio, Event, Priority, RequestEnded, RequestFailed, SegmentEnded
 from batcher.runner import Runner, Speaking
 from common import metrics
 from common.calls import Call
-from common.generations import GENERATION_SECONDS, read_generations
+from common.generations import GENERATION_SECONDS
 from common.keys import flight_names, segment_key
 from common.lru import Lru
 from common.settings import Settings
-from common.store import Store, StoreUnavailable
+from common.shelf import MEMORY, Shelf, Tags
+from common.store import Store
 from common.tape import Tape
 from service.speaking import told
 
+CHUNK_SECONDS = 0.5
+"""Of audio that comes from the store."""
 OVERHEAD_BYTES = 2048
 """What a kept segment takes beside its audio."""
 
@@ -45,7 +49,7 @@ class Origin(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The batcher takes the segment: the first thing that is heard of one that is made."""
+    """The batcher takes the segment, or the store had it: the first thing that is heard of one."""
 
 
 FlightEvent: TypeAlias = Admitted | Event
@@ -74,6 +78,8 @@ class Flight:
     """All that comes before it is there, for one at least: its samples are wanted."""
     speaking: Speaking | None = None
     """While it is in the batcher."""
+    found: bool = False
+    """It was in the store."""
     needed: asyncio.Event = field(default_factory=asyncio.Event)
     """By somebody who was let in."""
     tape: Tape[FlightEvent] = field(init=False)
@@ -121,8 +127,8 @@ class Flight:
 class Segments:
     """All segments of a service that are shared."""
 
-    def __init__(self, settings: Settings, runner: Runner, revision: str) -> None:
-        """`revision`: of what the runner's engine speaks."""
+    def __init__(self, settings: Settings, runner: Runner, revision: str, store: Store) -> None:
+        """`revision`: of what the runner's engine speaks. `store`: the cache's."""
         self.runner = runner
         self.batching = settings.batcher
         self._most_bytes = settings.flights.bytes
@@ -130,7 +136,7 @@ class Segments:
         self._flights: dict[str, Flight] = {}
         cache = settings.cache
         self._kept: Lru[str, Flight] = Lru(cache.segment_bytes if cache.enabled else 0, cache.seconds, runner.now)
-        self._purges = 0
+        self._shelf = Shelf("segment", store, cache, None, follow=(MEMORY,))
         metrics.SEGMENTS_OPEN.set_function(lambda: len(self._flights))
         metrics.SEGMENT_BYTES.set_function(lambda: self.bytes)
         metrics.SEGMENT_KEPT_BYTES.set_function(lambda: self._kept.bytes)
@@ -163,37 +169,58 @@ class Segments:
         if (kept := self._kept.get(key)) is not None:
             return kept, Origin.KEPT
         flight = Flight(heard_from, listener.deadline)
-        self._start(key, names[-1], flight, self._made(segment, listener.call, flight))
+        self._start(key, names[-1], flight, segment, listener.call)
         return flight, Origin.MADE
 
-    def forget(self) -> None:
-        """Keeps nothing of what was begun until now."""
-        self._purges += 1
-        self._kept.clear()
-
-    async def follow_purges(self, store: Store) -> None:
+    async def follow_purges(self) -> None:
         """Forgets when the cache is purged, until cancelled."""
-        seen = None
         while True:
-            if store.worth_asking:
-                with suppress(StoreUnavailable):
-                    generations = await read_generations(store)
-                    if generations != seen:  # also the first time: it may have come late
-                        self.forget()
-                    seen = generations
+            await self.refresh()
             await asyncio.sleep(GENERATION_SECONDS)
 
-    def _start(self, key: str, name: str, flight: Flight, events: AsyncGenerator[FlightEvent, None]) -> None:
-        purges = self._purges
+    async def refresh(self) -> None:
+        """Looks whether the cache was purged."""
+        if await self._shelf.refresh():  # also the first time: it may have come late
+            self._kept.clear()
+
+    async def settle(self) -> None:
+        """Waits until the store has heard of all that was kept."""
+        await self._shelf.settle()
+
+    def _start(self, key: str, name: str, flight: Flight, segment: Segment, call: Call) -> None:
+        tags = Tags(segment.voice, self._revision)
+        asked = self._shelf.generations
 
         def done(tape: Tape[FlightEvent]) -> None:
             if self._flights.get(name) is flight:
                 del self._flights[name]
-            if tape.complete and _is_whole(tape) and purges == self._purges:
+            # What was begun before a purge is not kept.
+            if tape.complete and _is_whole(tape) and asked is self._shelf.generations:
                 self._kept.put(key, flight, tape.bytes + OVERHEAD_BYTES)
+                if not flight.found:
+                    audio = [event.data for event in tape.messages if isinstance(event, Audio)]
+                    self._shelf.put(bytes.fromhex(key), tags, audio, asked)
 
-        flight.tape = Tape(events, size=_size, done=done)
+        flight.tape = Tape(self._found_or_made(key, tags, segment, call, flight), size=_size, done=done)
         self._flights[name] = flight
+
+    async def _found_or_made(
+        self, key: str, tags: Tags, segment: Segment, call: Call, flight: Flight
+    ) -> AsyncGenerator[FlightEvent, None]:
+        """A segment's events, from the store if it is there.
+
+        Raises:
+            ChorusError: what became of it instead.
+        """
+        kept = await self._shelf.get(bytes.fromhex(key), tags)
+        if kept is not None:
+            flight.found = True
+            for event in _replayed(kept, self.runner.engine.caps.sample_rate_hertz):
+                yield event
+            return
+        async with aclosing(self._made(segment, call, flight)) as events:
+            async for event in events:
+                yield event
 
     async def _made(self, segment: Segment, call: Call, flight: Flight) -> AsyncGenerator[FlightEvent, None]:
         """A segment's events while it is made.
@@ -241,6 +268,16 @@ class Segments:
                         return
             finally:
                 flight.speaking = None
+
+
+def _replayed(kept: memoryview, rate: int) -> Iterator[FlightEvent]:
+    """What was kept, as it was heard when it was made."""
+    samples, step = len(kept) // SAMPLE_BYTES, int(CHUNK_SECONDS * rate)
+    yield Admitted()
+    for sample in range(0, samples, step):
+        yield Audio(bytes(kept[sample * SAMPLE_BYTES : (sample + step) * SAMPLE_BYTES]), sample)
+    yield SegmentEnded(0, 0, samples)
+    yield RequestEnded(EndReason.COMPLETE, samples, 0.0)
 
 
 def _is_whole(tape: Tape[FlightEvent]) -> bool:

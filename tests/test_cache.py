@@ -18,9 +18,10 @@ from common.keys import canonical_text, derived_seed, speech_key
 from common.lru import Lru
 from common.objects import Objects
 from common.settings import CacheSettings, StoreSettings
+from common.shelf import Tags, sealed, unsealed
 from common.spans import restorer
 from common.store import Store
-from gateway.cache import Cache, Tags, purge, purge_key
+from gateway.cache import Cache, purge, purge_key
 from gateway.masters import Master, Whole, gathered
 from protos.chorus.v1 import tts_pb2
 from tests.stack import free_port
@@ -61,7 +62,10 @@ async def caches(url: str | None, folder: Path, count: int = 1, **settings: Any)
     stores = [Store("cache", url, PATIENT) for _ in range(count)]
     objects = Objects(f"file://{folder}/objects")
     try:
-        yield [Cache(store, objects, CacheSettings(**settings)) for store in stores]
+        made = [Cache(store, objects, CacheSettings(**settings)) for store in stores]
+        for cache in made:
+            await cache.refresh()
+        yield made
     finally:
         for store in stores:
             await store.close()
@@ -123,13 +127,21 @@ def test_what_is_not_whole_is_no_master(fields: dict[str, Any]) -> None:
 @given(st.binary(max_size=40), st.integers(0, 3100))
 @example(b"\x01", 4)
 def test_damage_is_seen(noise: bytes, at: int) -> None:
-    kept = master().to_bytes(KEY)
-    assert Master.from_bytes(KEY, kept) is not None
-    assert Master.from_bytes(bytes(32), kept) is None
+    kept = sealed(KEY, master().parts())
+    found = unsealed(KEY, kept)
+    assert found is not None
+    again = Master.from_bytes(found)
+    assert again is not None
+    assert again.whole("r").message() == master().whole("r").message()
+    assert unsealed(bytes(32), kept) is None
     damaged = kept[:at] + noise + kept[at + len(noise) :]
-    if damaged != kept:
-        assert Master.from_bytes(KEY, damaged) is None
-    assert (Master.from_bytes(KEY, kept[:at]) is None) == (at < len(kept))
+    assert (unsealed(KEY, damaged) is None) == (damaged != kept)
+    assert (unsealed(KEY, kept[:at]) is None) == (at < len(kept))
+
+
+@given(st.binary(max_size=40))
+def test_what_was_kept_by_another_version_is_no_master(data: bytes) -> None:
+    Master.from_bytes(memoryview(data))
 
 
 # --- the cache
@@ -182,8 +194,6 @@ async def test_without_a_store_memory_is_enough(tmp_path: Path) -> None:
 async def test_a_purge_reaches_every_gateway(valkey: Valkey, tmp_path: Path, what: str) -> None:
     other_key, other_tags = bytes(32), Tags("male1", "tone 2")
     async with caches(valkey.url, tmp_path, 2) as (one, other):
-        await one.refresh()
-        await other.refresh()
         for key, tags in ((KEY, TAGS), (other_key, other_tags)):
             one.put(key, tags, master(), one.generations)
             await one.settle()
@@ -200,7 +210,6 @@ async def test_a_purge_reaches_every_gateway(valkey: Valkey, tmp_path: Path, wha
 
 async def test_what_was_purged_while_it_was_made_is_not_kept(valkey: Valkey, tmp_path: Path) -> None:
     async with caches(valkey.url, tmp_path) as (cache,):
-        await cache.refresh()
         asked = cache.generations
         store = Store("cache", valkey.url, PATIENT)
         await purge(store)
@@ -215,8 +224,6 @@ async def test_a_purge_during_a_lookup_is_not_overtaken(
     valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with caches(valkey.url, tmp_path, 2) as (one, other):
-        await one.refresh()
-        await other.refresh()
         one.put(KEY, TAGS, master(400_000), one.generations)
         await one.settle()
         fetch = Objects.get
@@ -236,7 +243,6 @@ async def test_a_purge_during_a_lookup_is_not_overtaken(
 
 async def test_a_store_that_forgot_its_generations_finds_nothing_of_before(valkey: Valkey, tmp_path: Path) -> None:
     async with caches(valkey.url, tmp_path) as (cache,), valkey.client() as client:
-        await cache.refresh()
         cache.put(KEY, TAGS, master(), cache.generations)
         await cache.settle()
         await client.delete("cache:generations")
@@ -247,9 +253,8 @@ async def test_a_store_that_forgot_its_generations_finds_nothing_of_before(valke
 async def test_what_the_store_cannot_take_is_dropped_and_counted(
     valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.cache.MAX_PUT_BYTES", 2 * master().size)
+    monkeypatch.setattr("common.shelf.MAX_PUT_BYTES", 2 * master().size)
     async with caches(valkey.url, tmp_path) as (cache,), valkey.client() as client:
-        await cache.refresh()
         for number in range(5):
             cache.put(bytes([number]) * 32, TAGS, master(), cache.generations)
         await cache.settle()

@@ -12,19 +12,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batcher.engine import Controls, Sampling, Segment
 from batcher.policy import Policy
 from batcher.runner import Runner
+from common import shelf as shelf_module
 from common.calls import Call
 from common.errors import ChorusError, DeadlineExceeded
 from common.keys import segment_key
-from common.settings import Settings
-from common.store import StoreUnavailable
+from common.settings import Settings, StoreSettings
+from common.shelf import Tags
+from common.store import Store, StoreUnavailable
+from gateway.cache import purge, purge_key
 from protos.chorus.v1 import tts_pb2
-from service import segments as segments_module
 from service.dialogue import Account, in_parts
 from service.engines.tone import ToneEngine
 from service.engines.tone_code import verify
@@ -35,10 +37,12 @@ from service.speech import parse_config, revision
 from service.text import TextSegment
 from tests.calls import until
 from tests.hearing import LANGUAGE, identities
+from tests.valkey import Valkey
 
 # What is void has no sound.
 TEXTS = ("Yes.", "No, not at all.", "void", "This is one that goes on for longer.", "Well.", "And another one.")
 PATIENCE = 30.0
+PATIENT = StoreSettings(budget=5.0)
 
 
 class Written:
@@ -109,10 +113,13 @@ class Heard:
 class Place:
     """A service without a wire."""
 
-    def __init__(self, runner: Runner, engine: ToneEngine, settings: Settings) -> None:
+    def __init__(
+        self, runner: Runner, engine: ToneEngine, settings: Settings, store: Store, revised: str | None
+    ) -> None:
         self.runner = runner
         self.engine = engine
-        self.segments = Segments(settings, runner, revision(engine))
+        self.store = store
+        self.segments = Segments(settings, runner, revised or revision(engine), store)
 
     @property
     def rows(self) -> int:
@@ -151,17 +158,27 @@ class Place:
 
 
 @asynccontextmanager
-async def place(*, tone: dict[str, Any] | None = None, policy: Policy | None = None, **sections: Any) -> Any:
+async def place(
+    *,
+    tone: dict[str, Any] | None = None,
+    policy: Policy | None = None,
+    store: str | None = None,
+    revised: str | None = None,
+    **sections: Any,
+) -> Any:
     given: dict[str, Any] = {"engine": "tone", "tone": {"steps_per_character": 1.5} | (tone or {})}
     settings = Settings(**given | sections)
     engine = ToneEngine(settings.tone)
     runner = Runner(engine, policy or Policy(), outbox_seconds=settings.batcher.outbox_seconds)
     runner.start()
+    here = Place(runner, engine, settings, Store("cache", store, PATIENT), revised)
     try:
         async with asyncio.timeout(PATIENCE):
-            yield Place(runner, engine, settings)
+            await here.segments.refresh()
+            yield here
     finally:
         await runner.stop()
+        await here.store.close()
 
 
 # --- keys
@@ -293,45 +310,62 @@ async def test_what_met_a_cap_is_told_so_and_not_kept() -> None:
             assert here.rows == 3 + number
 
 
-async def test_what_was_purged_is_made_again_also_what_was_on_its_way() -> None:
-    async with place(tone={"step_base_ms": 1, "steps_per_character": 5}) as here:
+@pytest.mark.parametrize("what", ["all", "voice:female1", "revision", "key"])
+async def test_what_was_purged_is_made_again_also_what_was_on_its_way(valkey: Valkey, what: str) -> None:
+    tone = {"step_base_ms": 1, "steps_per_character": 5}
+    async with place(tone=tone, store=valkey.url) as here, place(tone=tone, store=valkey.url) as there:
+
+        async def forget() -> None:
+            tags = Tags("male1", revision(here.engine))
+            if what == "key":  # of another speech: what is kept of dialogues has no key that anybody knows
+                await purge_key(here.store, bytes(32), tags)
+            else:
+                await purge(here.store, f"revision:{tags.revision}" if what == "revision" else what)
+            await here.segments.refresh()
+            await there.segments.refresh()
+
         heard = Heard(SPEECH[3:], 5)
         async with aclosing(here.speak(Written(heard.texts), heard)) as messages:
             heard.take(await anext(messages))
-            here.segments.forget()
+            await forget()
             async for message in messages:
                 heard.take(message)
         heard.check()
-        for rows in (1, 2):
-            assert here.rows == rows
+        for number in range(2):
+            await here.segments.settle()
+            assert (here.rows, there.rows) == (1 + number, number)
             await here.hear(heard.texts)
-        assert here.rows == 2
-        here.segments.forget()
-        await here.hear(heard.texts)
-        assert here.rows == 3
+            await here.segments.settle()
+            assert (await there.hear(heard.texts)).account.first is Origin.KEPT
+            await forget()
+            await there.hear(heard.texts)
+            await forget()
 
 
 async def test_a_purge_is_seen_also_before_the_store_answered_for_the_first_time(monkeypatch: Any) -> None:
-    replies: list[bytes | None] = [None, b"2", b"2", None, b"3"]
-    seen: list[str] = []
-
     async def read(store: object) -> dict[bytes, bytes]:
-        if not replies:
-            await asyncio.Event().wait()
-        if (reply := replies.pop(0)) is None:
+        if replies[0] is None:
             raise StoreUnavailable
-        seen.append(reply.decode())
-        return {b"all": reply}
+        return {b"all": replies[0]}
 
-    monkeypatch.setattr(segments_module, "read_generations", read)
-    monkeypatch.setattr(segments_module, "GENERATION_SECONDS", 0.0)
+    replies = [None, b"2", b"2", None, b"3", b"3"]
+    monkeypatch.setattr(shelf_module, "read_generations", read)
     async with place() as here:
-        monkeypatch.setattr(here.segments, "forget", lambda: seen.append("forgotten"))
-        store: Any = SimpleNamespace(worth_asking=True)
-        following = asyncio.create_task(here.segments.follow_purges(store))
-        await until(lambda: seen[-1:] == ["forgotten"] and not replies)
-        following.cancel()
-    assert seen == ["2", "forgotten", "2", "3", "forgotten"]
+        monkeypatch.setattr(here.segments._shelf, "_store", SimpleNamespace(worth_asking=True))
+        monkeypatch.setattr(here.segments._shelf, "get", unavailable)
+        monkeypatch.setattr(here.segments._shelf, "put", lambda *args: None)
+        made = []
+        while replies:
+            before = here.rows
+            await here.segments.refresh()
+            await here.hear(SPEECH)
+            made.append(here.rows > before)
+            replies.pop(0)
+    assert made == [True, True, False, False, True, False]
+
+
+async def unavailable(*args: object) -> None:
+    """A store that has nothing."""
 
 
 async def test_what_is_about_to_end_is_not_joined_and_ends_nothing_of_its_successors() -> None:
@@ -526,9 +560,12 @@ async def test_who_is_refused_has_cost_nothing() -> None:
         assert len(here.segments._flights) == 1
 
 
-async def test_who_begins_with_what_is_there_hears_it_and_waits_for_room() -> None:
-    async with place(**FULL) as here:
-        await here.hear(SPEECH[:1])
+@pytest.mark.parametrize("elsewhere", [False, True])
+async def test_who_begins_with_what_is_there_hears_it_and_waits_for_room(valkey: Valkey, elsewhere: bool) -> None:
+    async with place(**FULL, store=valkey.url) as here, place(**FULL, store=valkey.url) as there:
+        before = there if elsewhere else here
+        await before.hear(SPEECH[:1])
+        await before.segments.settle()
         heard = Heard(SPEECH[:3], 5)
         async with full(here) as blocker, aclosing(here.speak(Written(heard.texts, at_once=3), heard)) as messages:
             rows = here.rows
@@ -607,6 +644,80 @@ async def test_the_deadline_of_the_first_is_not_that_of_the_others() -> None:
         assert (here.rows, patient.account.first) == (1, Origin.JOINED)
 
 
+# --- several services
+
+
+async def test_what_one_service_has_made_another_finds(valkey: Valkey) -> None:
+    texts = (*TEXTS, "This is the longest of them all, and takes some seconds.")
+    tone = {"faults": "empty:void"}
+    async with place(store=valkey.url, tone=tone) as here, place(store=valkey.url, tone=tone) as there:
+        made = await here.hear(texts)
+        await here.segments.settle()
+        found = await there.hear(texts)
+        assert (found.audio, found.marks, found.end.sample_count) == (made.audio, made.marks, made.end.sample_count)
+        assert (found.account.first, found.account.made_seconds) == (Origin.KEPT, 0.0)
+        assert found.account.shared == len(texts)
+        assert there.rows == 0
+        # From then on it has them itself, and tells the store nothing that came from there.
+        async with valkey.client() as client:
+            assert len(await client.keys("segment:*")) == len(texts)
+            await client.flushall()
+            await there.hear(texts)
+            await there.segments.settle()
+            assert await client.keys("segment:*") == []
+        # What is new among what is found is made, and nothing that is another's is heard.
+        await here.hear(("Yes.", "Something new."), seed=6)
+        await here.segments.settle()
+        both = await there.hear(("Yes.", "Another thing."), seed=6)
+        assert (both.account.first, both.account.shared, there.rows) == (Origin.KEPT, 1, 1)
+
+
+async def test_scopes_and_revisions_are_kept_apart_in_the_store(valkey: Valkey) -> None:
+    async with place(store=valkey.url) as here, place(store=valkey.url, revised="tone 2") as newer:
+        await here.hear(SPEECH)
+        await here.hear(SPEECH, scope="acme")
+        await here.segments.settle()
+        async with place(store=valkey.url) as there:
+            for scope, rows in (("", 0), ("acme", 0), ("emca", len(SPEECH))):
+                assert (await there.hear(SPEECH, scope=scope)).end is not None
+                assert there.rows == rows
+        await newer.hear(SPEECH)
+        assert newer.rows == len(SPEECH)
+
+
+async def test_what_is_not_whole_or_too_large_is_not_told_to_the_store(valkey: Valkey) -> None:
+    async with (
+        place(store=valkey.url, tone={"faults": "long:Well", "max_steps": 40}) as here,
+        place(store=valkey.url, cache={"inline_bytes": 1000}) as strict,
+        valkey.client() as client,
+    ):
+        await strict.hear(SPEECH)
+        await strict.segments.settle()
+        assert await client.keys("segment:*") == []
+        await here.hear(LONG, leaves_after=2)
+        async for _ in here.speak(Written(SPEECH), Heard(SPEECH, 5)):  # "Well." meets its cap
+            pass
+        await here.segments.settle()
+        assert len(await client.keys("segment:*")) == len(SPEECH) - 1
+
+
+async def test_whatever_is_wrong_with_the_store_all_is_made(valkey: Valkey) -> None:
+    async with place(store=valkey.url) as here:
+        await here.hear(SPEECH)
+        await here.segments.settle()
+        async with valkey.client() as client:
+            for name in await client.keys("segment:*"):
+                await client.set(name, b"i" + bytes(1000))
+        async with place(store=valkey.url) as there:
+            await there.hear(SPEECH)
+            assert there.rows == len(SPEECH)
+            await there.segments.settle()
+            await valkey.kill()
+            await there.hear(SPEECH, seed=6)
+            assert there.rows == 2 * len(SPEECH)
+        await valkey.start()
+
+
 # --- whatever happens
 
 
@@ -638,30 +749,37 @@ PARTS = st.builds(
 )
 
 
+async def turns(count: int) -> None:
+    """Lets others do something."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def play(here: Place, part: Part) -> Heard:
+    """Hears a dialogue as it is to be heard."""
+    heard = Heard(part.texts, part.seed)
+    await turns(part.comes_after)
+    messages = 0
+    async with aclosing(here.speak(Written(part.texts, part.at_once), heard, part.scope)) as spoken:
+        async for message in spoken:
+            heard.take(message)
+            messages += 1
+            if messages == part.leaves_after:
+                break
+            await turns(part.pauses)
+    heard.check()
+    return heard
+
+
+NIGHT: dict[str, Any] = {"tone": {"faults": "empty:void", "slots": 4}}
+
+
 @settings(max_examples=60, deadline=None)
 @given(parts=st.lists(PARTS, min_size=2, max_size=8), kept=st.sampled_from((1, 60_000, 10**9)))
 def test_a_random_night(parts: list[Part], kept: int) -> None:
-    async def turns(count: int) -> None:
-        for _ in range(count):
-            await asyncio.sleep(0)
-
-    async def dialogue(here: Place, part: Part) -> Heard:
-        heard = Heard(part.texts, part.seed)
-        await turns(part.comes_after)
-        messages = 0
-        async with aclosing(here.speak(Written(part.texts, part.at_once), heard, part.scope)) as spoken:
-            async for message in spoken:
-                heard.take(message)
-                messages += 1
-                if messages == part.leaves_after:
-                    break
-                await turns(part.pauses)
-        heard.check()
-        return heard
-
     async def night() -> None:
-        async with place(tone={"faults": "empty:void", "slots": 4}, cache={"segment_bytes": kept}) as here:
-            heard = await asyncio.gather(*(dialogue(here, part) for part in parts))
+        async with place(**NIGHT, cache={"segment_bytes": kept}) as here:
+            heard = await asyncio.gather(*(play(here, part) for part in parts))
             await until(lambda: here.runner.stats().requests == 0)
             assert here.runner.stats().rows == here.runner.stats().parked == 0
             assert not here.segments._flights
@@ -678,5 +796,44 @@ def test_a_random_night(parts: list[Part], kept: int) -> None:
                 assert here.rows == len(lengths) + len(parts) - len(shared)
                 made = sum(one.account.made_seconds for one in shared)
                 assert made == pytest.approx(sum(lengths.values()) / here.engine.caps.sample_rate_hertz)
+
+    asyncio.run(night())
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parts=st.lists(st.tuples(PARTS, st.booleans()), min_size=2, max_size=8),
+    purged=st.one_of(st.none(), st.integers(0, 60)),
+)
+def test_a_random_night_of_two_services(valkey: Valkey, parts: list[tuple[Part, bool]], purged: int | None) -> None:
+    async def night() -> None:
+        # Nothing is kept in memory: all comes from the store, or is made.
+        settings: dict[str, Any] = NIGHT | {"store": valkey.url, "cache": {"segment_bytes": 1}}
+        async with place(**settings) as here, place(**settings) as there:
+
+            async def forget() -> None:
+                if purged is not None:
+                    await turns(purged)
+                    await purge(here.store)
+                    await here.segments.refresh()
+                    await there.segments.refresh()
+
+            await here.store.command("FLUSHALL")
+            await here.segments.refresh()
+            await there.segments.refresh()
+            calls = [play(there if elsewhere else here, part) for part, elsewhere in parts]
+            *heard, _ = await asyncio.gather(*calls, forget())
+            for one in (here, there):
+                await until(lambda one=one: one.runner.stats().requests == 0)  # type: ignore[misc]
+                assert not one.segments._flights
+                await one.segments.settle()
+            for (part, _), dialogue in zip(parts, heard, strict=True):
+                assert dialogue is not None
+                assert dialogue.end is not None or part.leaves_after < 10**9
+            made = here.rows + there.rows
+            again = [play(there, replace(part, comes_after=0)) for part, _ in parts if part.scope is not None]
+            await asyncio.gather(*again)
+            if purged is None and all(part.leaves_after == 10**9 for part, _ in parts):
+                assert here.rows + there.rows == made
 
     asyncio.run(night())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -336,6 +337,32 @@ async def test_a_purge_reaches_the_services(stack: Stack, valkey: Valkey) -> Non
     await store.close()
     await service.until_metric("chorus_segments_kept_bytes", 0)
     assert (await hear(door)).starts[0].cache_status == MISS
+
+
+async def test_another_service_finds_it_and_so_does_one_that_was_started_again(stack: Stack, valkey: Valkey) -> None:
+    stores: dict[str, Any] = {"store_cache": valkey.url, "store_budget": 5.0}
+
+    async def pair() -> tuple[Server, Door]:
+        service = await stack.service(**stores, **SLOW)
+        return service, Door(await stack.gateway(service, **stores))
+
+    pairs = [await pair(), await pair()]
+    services, doors = zip(*pairs, strict=True)
+    made = await hear(doors[0])
+    async with valkey.client() as client:
+        while len(await client.keys("segment:*")) < 3:
+            await asyncio.sleep(0.02)
+    found = await hear(doors[1])
+    assert (found.starts[0].cache_status, runs(*services)) == (HIT, 3)
+    for service in services:
+        service.signal(signal.SIGKILL)
+    anew, door = await pair()
+    again = await hear(door)
+    assert (again.starts[0].cache_status, runs(anew)) == (HIT, 0)
+    assert same([made, found, again])
+    await valkey.kill()  # without it, all is made
+    other = await hear(door, sampling=tts_pb2.Sampling(seed=1))
+    assert other.starts[0].cache_status == MISS
 
 
 # --- under load
