@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from common import metrics
@@ -16,6 +17,8 @@ BLOCK_SECONDS = 0.2
 """A block should last so long at the present demand …"""
 IDLE_SECONDS = 1.0
 """… and what of it has not been spent after this goes back."""
+LOW_SHARE = 4
+"""When this part of a block is left, the next one is asked for: so nobody waits for it."""
 PROMISED_AHEAD = 8
 """Calls that are refused without asking the ledger, once it has refused one."""
 MAX_QUEUED = 2000
@@ -27,18 +30,18 @@ class _Demand:
     """Units that were wanted lately, and how many that makes for a block."""
 
     began: float
-    units: float = 0.0
-    per_second: float = 0.0
+    units: int = 0
+    before: int = 0
+    """What would have been wanted in a block's time, in the time before."""
+    block: int = 0
 
     def add(self, cost: int, now: float) -> None:
         if now - self.began >= BLOCK_SECONDS:
-            self.per_second = self.units / (now - self.began)
-            self.began, self.units = now, 0.0
+            self.before = int(self.units / (now - self.began) * BLOCK_SECONDS)
+            self.began, self.units = now, 0
+        # After a pause blocks double from one to the next.
+        self.block = max(self.before, self.units)
         self.units += cost
-
-    @property
-    def block(self) -> int:
-        return int(self.per_second * BLOCK_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ class Pool:
     _queue: deque[tuple[int, asyncio.Future[Short | Taken]]] = field(default_factory=deque)
     _asking: asyncio.Task[None] | None = None
     _promise: _Promise | None = None
+    _plenty: bool = False
+    """The ledger gave all that was wanted: otherwise nothing is asked for ahead."""
     _spent_at: float = 0.0
     _demand: _Demand = field(init=False)
 
@@ -111,6 +116,8 @@ class Pool:
         self._demand.add(cost, now)
         self.at_hand -= cost
         self._spent_at = now
+        if cost <= self._demand.block // LOW_SHARE > self.at_hand and self._may_ask_ahead():
+            self._asking = asyncio.create_task(self._ask(ahead=True))
         return True
 
     async def take(self, cost: int) -> Short | Taken:
@@ -160,9 +167,14 @@ class Pool:
             # Not tried again: it may have arrived. What is lost was charged and not spent: the limit still holds.
             self.local.give(self.scopes, amount)
 
-    async def _ask(self) -> None:
-        """Asks until nobody waits. One round trip serves all who wait by then."""
+    def _may_ask_ahead(self) -> bool:
+        return self._plenty and self.leasing and self._asking is None and self.shared.worth_asking
+
+    async def _ask(self, *, ahead: bool = False) -> None:
+        """Asks until nobody waits. One round trip serves all who wait by then. `ahead`: and before, for a block."""
         try:
+            if ahead:
+                await self._ask_ahead()
             while self._queue:
                 if self._queue[0][1].done():
                     self._queue.popleft()
@@ -183,16 +195,29 @@ class Pool:
             while self._queue:  # only if this was cancelled
                 self._queue.popleft()[1].cancel()
 
+    async def _ask_ahead(self) -> None:
+        """Gets the next block, if there is plenty. Nobody waits for it."""
+        want = self._demand.block
+        self._plenty = False
+        with suppress(StoreUnavailable):
+            got = await self.shared.take(self.scopes, 1, want, 0)
+            if isinstance(got, Granted):
+                self.at_hand += got.amount
+                self._plenty = got.amount >= want
+
     async def _more(self, cost: int) -> Granted | _Promise:
         """More tokens from the ledger, or from what this gateway may spend without it."""
-        waiting = self._waiting()
-        want = max(cost, waiting - self.at_hand) + self._demand.block if self.leasing else cost
+        waiting, missing = self._waiting(), cost - self.at_hand
+        want = max(missing, waiting - self.at_hand) + self._demand.block if self.leasing else missing
         promise = waiting + PROMISED_AHEAD * cost
         try:
-            got = await self.shared.take(self.scopes, cost, want, promise)
+            got = await self.shared.take(self.scopes, missing, want, promise)
         except StoreUnavailable:
             return self._alone(cost)
-        return self._promised(got, promise, 1, cost) if isinstance(got, Short) else got
+        if isinstance(got, Short):
+            return self._promised(got, promise, 1, cost)
+        self._plenty = got.amount >= want
+        return got
 
     def _alone(self, cost: int) -> Granted | _Promise:
         """From what this gateway may spend without the ledger."""

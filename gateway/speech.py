@@ -48,9 +48,8 @@ from protos.chorus.v1 import tts_pb2, tts_pb2_grpc
 Written = tts_pb2.StreamSynthesizeTextRequest
 Request = TypeVar("Request", tts_pb2.SynthesizeRequest, tts_pb2.StreamSynthesizeRequest)
 
-CACHE_TRAILER = "x-chorus-cache"
 TIMING_TRAILER = "server-timing"
-"""Why a call was fast or slow, in the form of the W3C's Server Timing."""
+"""Where the audio came from, and why a call was fast or slow, in the form of the W3C's Server Timing."""
 
 REMEMBERED = 1024
 """Requests whose names are remembered …"""
@@ -465,7 +464,6 @@ def _trail(call: Call, name: str, timing: str) -> None:
     """The same in trailers, log and metrics."""
     metrics.CACHE_STATUS.inc(name)
     call.facts["cache"] = name
-    call.trail(CACHE_TRAILER, name)
     call.trail(TIMING_TRAILER, timing)
 
 

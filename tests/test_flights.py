@@ -268,7 +268,8 @@ async def test_trailers_say_why_it_was_fast_or_slow(stack: Stack, valkey: Valkey
         reply = await call
         trailers = dict(await call.trailing_metadata())
         said.append([part.partition(";")[::2] for part in str(trailers["server-timing"]).split(", ")])
-        assert trailers["x-chorus-cache"] == dict(said[-1])["cache"].removeprefix("desc=")
+        status = tts_pb2.CacheStatus.Name(reply.start.cache_status).removeprefix("CACHE_STATUS_")
+        assert dict(said[-1])["cache"] == f"desc={status}"
         assert reply.end.timings.total_ms > 0
     made, found = said
     assert [name for name, _ in made] == ["cache", "queue", "batch-rows", "backend", "total"]

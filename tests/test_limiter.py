@@ -17,8 +17,10 @@ from common.errors import ResourceExhausted
 from common.settings import LimiterSettings, StoreSettings
 from common.store import Store
 from gateway.buckets import UNITS, LocalBuckets, Scope
+from gateway.leases import Pool
 from gateway.limiter import Admission, Limiter
 from gateway.tenants import Bucket, Tenant
+from tests.calls import until
 from tests.valkey import Valkey, running_valkey
 
 PATIENT = StoreSettings(budget=5.0)
@@ -319,6 +321,64 @@ async def test_close_to_the_limit_a_block_leaves_something_to_others(valkey: Val
             gateways.clock.ms += 250
         await asyncio.gather(*(refusal(greedy) for _ in range(5)))
         assert await refusal(modest) is None
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What was taken by calls that had to wait for the ledger."""
+    costs: list[int] = []
+    take = Pool.take
+
+    async def counted(self: Pool, cost: int) -> Any:
+        costs.append(cost)
+        return await take(self, cost)
+
+    monkeypatch.setattr(Pool, "take", counted)
+    return costs
+
+
+async def calls(limiter: Limiter, count: int, clock: Clock | None = None) -> None:
+    """Calls one after the other, a millisecond apart, while the ledger is quicker than that."""
+    for _ in range(count):
+        if clock is not None:
+            clock.ms += 1
+        assert await refusal(limiter) is None
+        await until(lambda: all(pool._asking is None for _, pool in limiter._pools.values() if pool is not None))
+
+
+async def test_while_demand_is_steady_nobody_waits_for_the_ledger(valkey: Valkey, waits: list[int]) -> None:
+    async with fleet(valkey.url, requests_per_second=100_000) as gateways:
+        limiter = gateways.limiters[0]
+        await calls(limiter, 400, gateways.clock)
+        waits.clear()
+        await calls(limiter, 1000, gateways.clock)
+        assert waits == []
+        # What lies ready is a block and a quarter at most, and what was not needed goes back.
+        (left,) = await limiter.left([])
+        assert 100_000 - 260 <= left.left <= 100_000
+        gateways.clock.ms += 2000
+        await gateways.tick()
+        (left,) = await limiter.left([])
+        assert left.left == 100_000
+
+
+async def test_after_a_pause_blocks_double(valkey: Valkey, waits: list[int]) -> None:
+    async with fleet(valkey.url, requests_per_second=100_000) as gateways:
+        limiter = gateways.limiters[0]
+        await calls(limiter, 50, gateways.clock)
+        gateways.clock.ms += 60_000
+        await gateways.tick()
+        waits.clear()
+        await calls(limiter, 1000)  # all at once
+        assert len(waits) <= 10
+
+
+async def test_where_tokens_are_scarce_nothing_is_taken_ahead(valkey: Valkey) -> None:
+    async with fleet(valkey.url, 2, requests_per_second=100, requests_burst=100) as gateways:
+        await calls(gateways.limiters[0], 60)
+        for number in range(40):  # none of what is left lies where it is not needed
+            late = await refusal(gateways.limiters[1])
+            assert late is None or number > 20, number
 
 
 async def test_a_cancel_spends_nothing(valkey: Valkey) -> None:
