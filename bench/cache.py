@@ -6,6 +6,9 @@ Real Valkey, gateways as processes, 50 callers, the tone engine; a bare gRPC ech
 run, in alternating rounds (medians). `l1_hit_rps` is a gateway with the texts in memory, `redis_hit_rps` one that keeps
 nothing in memory; `hit_p99_ms` is at half of the rate of `l1_hit_rps`, from the moment at which a call was due.
 
+`segments`: texts that are spoken while they are written, to a service that has to make them, has made them, or finds
+in the store what another service has made.
+
 `zipf`: the article's traffic (60 % repeats), open loop, through two gateways; beside it, on the same trace and
 simulated, no cache, a cache without flights, and the article's design (a Bloom filter, then GET: a text is kept when it
 comes the second time). `reachable`: each different text is made once.
@@ -22,7 +25,7 @@ import statistics
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -47,6 +50,7 @@ SPEECH_CHARACTERS = 60
 STEP_MS = 5.0
 """Of the engine that is shared: a speech takes about 0.3 s."""
 JOINERS = 200
+GREETING = "Good morning, and thank you for calling us today. "
 
 Figures = dict[str, float]
 
@@ -61,9 +65,10 @@ class Size:
     """Of the traffic with repeats."""
     rate: float
     joiners: int = JOINERS
+    dialogues: int = 20
 
 
-TINY = Size(1, 0.3, 60, 60.0, 20)
+TINY = Size(1, 0.3, 60, 60.0, 20, 2)
 QUICK = Size(3, 1.5, 2000, 150.0)
 FULL = Size(6, 3.0, 6000, 150.0)
 
@@ -79,16 +84,26 @@ class Fleet:
         self.without = self._gateway(self.free, ["cache.enabled=false"])
         self.busy = self._service(STEP_MS)
         self.pair = [self._gateway(self.busy, []) for _ in range(2)]
+        self.second = self._service(STEP_MS)
+        self.before_second = self._gateway(self.second, [])
         self.echoes = {
             name: servers.echo([f"--unary-bytes={kib * BYTES_PER_STEP}", "--stream-bytes=1024", "--chunk-bytes=1024"])
             for name, kib in SIZES.items()
         }
-        for server in (*self.echoes.values(), self.memory, self.other, self.redis, self.without, *self.pair):
+        for server in (
+            *self.echoes.values(),
+            self.memory,
+            self.other,
+            self.redis,
+            self.without,
+            *self.pair,
+            self.before_second,
+        ):
             server.wait_until_it_answers()
 
-    def made(self) -> float:
-        """Speeches that the busy service has made."""
-        return _metrics(self._metrics[self.busy.address])["chorus_batcher_submitted_total"]
+    def made(self, service: Server | None = None) -> float:
+        """Speeches that a service has made, or segments; without one the busy service."""
+        return _metrics(self._metrics[(service or self.busy).address])["chorus_batcher_submitted_total"]
 
     def _service(self, step_ms: float) -> Server:
         address, metrics = free_address(), free_address()
@@ -138,6 +153,7 @@ def main() -> None:
         fleet = Fleet(Servers(stack, logs=args.logs), Store(stack))
         figures = measure(fleet, loads, size)
         figures |= asyncio.run(coalesce(fleet, size.joiners))
+        figures |= asyncio.run(segments(fleet, size.dialogues))
         figures |= asyncio.run(traffic(fleet, size))
     report = metadata() | {"rounds": size.rounds} | {name: round(value, 3) for name, value in figures.items()}
     print(json.dumps(report) if args.json else "\n".join(f"{name:<32} {value}" for name, value in report.items()))
@@ -231,6 +247,41 @@ async def _first_audio(stub: tts_pb2_grpc.TextToSpeechServiceAsyncStub, text: st
     """Seconds until its first audio; it hears all."""
     began, first = time.perf_counter(), 0.0
     async for reply in stub.StreamSynthesize(tts_pb2.StreamSynthesizeRequest(text=text, format=RAW), timeout=120):
+        if reply.chunk.data and not first:
+            first = time.perf_counter() - began
+    return first
+
+
+# --- texts that are spoken while they are written
+
+
+async def segments(fleet: Fleet, dialogues: int) -> Figures:
+    """The first audio of dialogues, one after the other: made, in the service's memory, and in the store."""
+    times: dict[str, list[float]] = {"made": [], "memory": [], "store": []}
+    runs = fleet.made(fleet.second)
+    async with (
+        grpc.aio.insecure_channel(fleet.pair[0].address) as one,
+        grpc.aio.insecure_channel(fleet.before_second.address) as other,
+    ):
+        here, there = (tts_pb2_grpc.TextToSpeechServiceStub(channel) for channel in (one, other))
+        for seed in range(dialogues):
+            for name, stub in (("made", here), ("memory", here), ("store", there)):
+                times[name].append(await _first_of_dialogue(stub, seed))
+    figures = {f"segments.{name}_first_audio_ms": statistics.median(each) * 1000 for name, each in times.items()}
+    return figures | {"segments.engine_runs_elsewhere": fleet.made(fleet.second) - runs}
+
+
+async def _first_of_dialogue(stub: tts_pb2_grpc.TextToSpeechServiceAsyncStub, seed: int) -> float:
+    """Seconds until its first audio; it hears all."""
+
+    async def written() -> AsyncGenerator[tts_pb2.StreamSynthesizeTextRequest, None]:
+        sampling = tts_pb2.Sampling(seed=seed)
+        config = tts_pb2.StreamConfig(language="en-US", format=RAW, sampling=sampling)
+        yield tts_pb2.StreamSynthesizeTextRequest(config=config)
+        yield tts_pb2.StreamSynthesizeTextRequest(text=GREETING)
+
+    began, first = time.perf_counter(), 0.0
+    async for reply in stub.StreamSynthesizeText(written(), timeout=120):
         if reply.chunk.data and not first:
             first = time.perf_counter() - began
     return first

@@ -91,8 +91,9 @@ class Shelf:
         if not self.worth_asking:
             return None
         asked = self.generations
+        name = self._name(key, tags, asked)
         try:
-            value = await self._store.command("GET", self._name(key, tags, asked))
+            value = await self._store.command("GET", name)
             if value is None:
                 return None
             kept: bytes | memoryview | None = memoryview(value)[1:]
@@ -103,14 +104,10 @@ class Shelf:
         found = None if kept is None else unsealed(key, kept)
         if found is None:
             metrics.CACHE_DAMAGED.inc()
-            await self.drop(key, tags)
+            with suppress(StoreUnavailable):
+                await self._store.command("DEL", name)
             return None
         return found if asked is self.generations else None  # it may have been purged meanwhile
-
-    async def drop(self, key: bytes, tags: Tags) -> None:
-        """Forgets a value that is of no use."""
-        with suppress(StoreUnavailable):
-            await self._store.command("DEL", self._name(key, tags, self.generations))
 
     def put(self, key: bytes, tags: Tags, parts: Parts, asked: Generations) -> None:
         """Keeps a value. The store hears of it later, if it can.
@@ -148,13 +145,13 @@ class Shelf:
             self._put_bytes -= size
 
     def _name(self, key: bytes, tags: Tags, generations: Generations) -> str:
-        return name(self._kind, key, tags, generations, self._follow)
+        return name_of(self._kind, key, tags, generations, self._follow)
 
     def _seconds(self) -> float:
         return self._settings.seconds * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 (no secret)
 
 
-def name(kind: str, key: bytes, tags: Tags, generations: Generations, follow: Sequence[str] = ()) -> str:
+def name_of(kind: str, key: bytes, tags: Tags, generations: Generations, follow: Sequence[str] = ()) -> str:
     """Of a value, in the store."""
     parts = ("all", f"voice:{tags.voice}", f"revision:{tags.revision}", *follow)
     generation = ".".join(generations.get(part.encode(), b"0").decode() for part in parts)

@@ -17,7 +17,7 @@ from common.generations import GENERATION_SECONDS, GENERATIONS, Generations, rea
 from common.lru import Lru
 from common.objects import Objects
 from common.settings import CacheSettings
-from common.shelf import MEMORY, Shelf, Tags, name
+from common.shelf import MEMORY, Shelf, Tags, name_of
 from common.store import Store, StoreUnavailable
 from gateway.masters import Form, Master
 
@@ -139,6 +139,6 @@ async def purge_key(store: Store, key: bytes, tags: Tags) -> bool:
         StoreUnavailable: the store does not answer.
     """
     generations = await read_generations(store)
-    was_there = bool(await store.command("DEL", name(KIND, key, tags, generations)))
+    was_there = bool(await store.command("DEL", name_of(KIND, key, tags, generations)))
     await store.command("HINCRBY", GENERATIONS, MEMORY, 1)
     return was_there

@@ -88,6 +88,7 @@ async def serve(settings: Settings) -> None:
     purges.cancel()
     died = runner.dead
     await runner.stop()
+    await segments.settle()
     await store.close()
     if died:
         raise StartupError("the engine died; the log says why")

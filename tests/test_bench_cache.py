@@ -17,7 +17,8 @@ FIELDS = {
         for size in ("30KB", "300KB")
     ),
     *("miss_overhead_us", "coalesce.engine_runs", "coalesce.first_audio_spread_ms", "late_join_first_audio_ms"),
-    *("zipf.hit_rate", "zipf.gpu_seconds_saved", "zipf.reachable"),
+    *("segments.made_first_audio_ms", "segments.memory_first_audio_ms", "segments.store_first_audio_ms"),
+    *("segments.engine_runs_elsewhere", "zipf.hit_rate", "zipf.gpu_seconds_saved", "zipf.reachable"),
 }
 
 
