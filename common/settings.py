@@ -164,9 +164,9 @@ class CacheSettings(Section):
     seconds: PositiveSeconds = 86_400.0
     """How long a speech is kept, a tenth more or less."""
     inline_bytes: Count = 512 * 1024
-    """What is larger lies in the object store."""
+    """What is larger lies in the object store; a segment that is larger in its service's memory only."""
     segment_bytes: Count = 64 * 1024 * 1024
-    """In each service: segments of texts that are spoken while they are written."""
+    """In each service's memory: segments of texts that are spoken while they are written."""
 
 
 class FlightSettings(Section):

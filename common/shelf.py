@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from common import metrics
 from common.generations import Generations, read_generations
@@ -20,6 +20,8 @@ from common.logs import logger
 from common.objects import Objects
 from common.settings import CacheSettings
 from common.store import Store, StoreUnavailable
+
+T = TypeVar("T")
 
 JITTER = 0.1
 """The share by which times to live differ, so that not all that was made together goes together."""
@@ -33,7 +35,8 @@ Parts = Sequence[bytes | memoryview]
 """What is kept as one value."""
 
 MEMORY = "memory"
-"""A generation of nothing but what lies in memory: it is raised when a single speech is purged."""
+"""The generation that is raised when a single speech is purged: for what lies in memory, and for what has no key that
+anybody could name."""
 
 
 class Tags(NamedTuple):
@@ -55,7 +58,7 @@ class Shelf:
             kind: of the values; a part of their names.
             store: the cache's.
             settings: how long they are kept, and how large they may be in the store.
-            objects: for those that are larger; None: they are not kept.
+            objects: for those that are larger; None: these are not kept.
             follow: generations that they belong to besides those of everything, their voice and their revision.
         """
         self._kind = kind
@@ -86,8 +89,8 @@ class Shelf:
                 return True
         return False
 
-    async def get(self, key: bytes, tags: Tags) -> memoryview | None:
-        """A value, if it is there and whole."""
+    async def get(self, key: bytes, tags: Tags, read: Callable[[memoryview], T | None]) -> T | None:
+        """A value, if it is there and whole. `read`: makes it of what was kept, which it may hold on to, if it can."""
         if not self.worth_asking:
             return None
         asked = self.generations
@@ -96,18 +99,26 @@ class Shelf:
             value = await self._store.command("GET", name)
             if value is None:
                 return None
-            kept: bytes | memoryview | None = memoryview(value)[1:]
-            if value[:1] == _POINTER:
-                kept = None if self._objects is None else await self._objects.get(value[1:].decode())
+            kept = await self._fetch(value)
         except StoreUnavailable:
             return None
-        found = None if kept is None else unsealed(key, kept)
+        whole = None if kept is None else unsealed(key, kept)
+        found = None if whole is None else read(whole)
         if found is None:
             metrics.CACHE_DAMAGED.inc()
             with suppress(StoreUnavailable):
                 await self._store.command("DEL", name)
             return None
         return found if asked is self.generations else None  # it may have been purged meanwhile
+
+    async def _fetch(self, value: bytes) -> bytes | memoryview | None:
+        """What the store's value stands for; None: for nothing."""
+        if value[:1] != _POINTER:
+            return memoryview(value)[1:]
+        if self._objects is None:
+            return None
+        # Where it leads nowhere, whatever it is, there is no object.
+        return await self._objects.get(value[1:].decode(errors="replace"))
 
     def put(self, key: bytes, tags: Tags, parts: Parts, asked: Generations) -> None:
         """Keeps a value. The store hears of it later, if it can.

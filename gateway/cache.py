@@ -116,8 +116,7 @@ class Cache:
         await self._shelf.settle()
 
     async def _look_up(self, key: bytes, tags: Tags) -> Master | None:
-        kept = await self._shelf.get(key, tags)
-        master = None if kept is None else Master.from_bytes(kept)
+        master = await self._shelf.get(key, tags, Master.from_bytes)
         if master is not None:
             self._masters.put(key, master, master.size)
         return master

@@ -156,6 +156,8 @@ class Pool:
 
     async def return_idle(self, *, all_of_it: bool = False) -> None:
         """Puts back what nobody has spent lately. Between times it may be spent at most twice as late."""
+        if all_of_it and self._asking is not None:
+            await asyncio.wait({self._asking})  # what it gets goes back too
         if self.at_hand and (all_of_it or self.clock() - self._spent_at >= IDLE_SECONDS):
             amount, self.at_hand = self.at_hand, 0
             await self._return(amount)
@@ -209,15 +211,17 @@ class Pool:
         """More tokens from the ledger, or from what this gateway may spend without it."""
         waiting, missing = self._waiting(), cost - self.at_hand
         want = max(missing, waiting - self.at_hand) + self._demand.block if self.leasing else missing
-        promise = waiting + PROMISED_AHEAD * cost
+        # What is at hand may be spent by others before who is refused comes again, and it may come to another gateway.
+        at_hand, promise = self.at_hand, waiting + PROMISED_AHEAD * cost
         try:
-            got = await self.shared.take(self.scopes, missing, want, promise)
+            got = await self.shared.take(self.scopes, missing, want, promise + at_hand)
         except StoreUnavailable:
             return self._alone(cost)
-        if isinstance(got, Short):
-            return self._promised(got, promise, 1, cost)
-        self._plenty = got.amount >= want
-        return got
+        self._plenty = isinstance(got, Granted) and got.amount >= want
+        if isinstance(got, Granted):
+            return got
+        more = at_hand / (got.scope.bucket.rate * UNITS)
+        return self._promised(Short(got.scope, got.seconds + more, got.free_seconds + more), promise, 1, cost)
 
     def _alone(self, cost: int) -> Granted | _Promise:
         """From what this gateway may spend without the ledger."""

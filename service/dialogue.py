@@ -64,7 +64,8 @@ class _Part:
     """Something of it was taken."""
     taken: int = 0
     """Samples."""
-    counted: bool = False
+    settled: bool = False
+    """It is known where it comes from."""
 
     def __post_init__(self) -> None:
         self.follower = Follower(self.flight.tape)
@@ -186,7 +187,7 @@ class Dialogue:
         """Hears no more: what nobody else hears is made no further."""
         self._account.made_seconds += sum(part.owed for part in self._parts)
         for part in self._parts:
-            self._count(part)
+            self._settle(part)
             part.follower.leave()
         self._parts.clear()
 
@@ -207,13 +208,14 @@ class Dialogue:
         """Sees where the parts come from that have begun."""
         for part in self._parts:
             if part.admitted or part.begun_as is not Origin.MADE:
-                self._count(part)
+                self._settle(part)
         self._let_in |= any(part.admitted and part.origin is Origin.MADE for part in self._parts)
 
-    def _count(self, part: _Part) -> None:
-        if part.counted:
+    def _settle(self, part: _Part) -> None:
+        """It is known where a part comes from: counts it, and sees whether the text is let in with it. Once."""
+        if part.settled:
             return
-        part.counted = True
+        part.settled = True
         shared = part.origin is not Origin.MADE
         metrics.segment_counter(part.origin.value).inc()
         self._account.shared += shared
@@ -250,7 +252,7 @@ class Dialogue:
             if part.origin is Origin.JOINED and not part.heard and is_anothers(error):
                 part.follower.leave()
                 self._parts[0] = self._begin(part.row, ())
-                return None
+                return self._take(self._parts[0])  # it may be there already, and then nothing would wake us
             if isinstance(error, ChorusError):
                 raise
             raise Unavailable("this server is stopping; try again", "STOPPING", retry_after=1.0) from None

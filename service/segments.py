@@ -182,6 +182,7 @@ class Segments:
         """Looks whether the cache was purged."""
         if await self._shelf.refresh():  # also the first time: it may have come late
             self._kept.clear()
+            self._flights.clear()  # those who hear them hear on, and nobody else joins them
 
     async def settle(self) -> None:
         """Waits until the store has heard of all that was kept."""
@@ -212,7 +213,7 @@ class Segments:
         Raises:
             ChorusError: what became of it instead.
         """
-        kept = await self._shelf.get(bytes.fromhex(key), tags)
+        kept = await self._shelf.get(bytes.fromhex(key), tags, lambda audio: audio)
         if kept is not None:
             flight.found = True
             for event in _replayed(kept, self.runner.engine.caps.sample_rate_hertz):

@@ -18,7 +18,7 @@ from common.keys import canonical_text, derived_seed, speech_key
 from common.lru import Lru
 from common.objects import Objects
 from common.settings import CacheSettings, StoreSettings
-from common.shelf import Tags, sealed, unsealed
+from common.shelf import Tags, name_of, sealed, unsealed
 from common.spans import restorer
 from common.store import Store
 from gateway.cache import Cache, purge, purge_key
@@ -178,6 +178,15 @@ async def test_a_damaged_value_is_a_miss_and_is_deleted(valkey: Valkey, tmp_path
         (name,) = [name for name in await client.keys("cache:*") if name != b"cache:generations"]
         await client.set(name, damage)
         assert await other.get(KEY, TAGS) is None
+        assert not await client.exists(name)
+
+
+@pytest.mark.parametrize("value", [sealed(KEY, [b"\0\0\0\5\xff\xff\xff\xff\xff"], b"i"), b"p\xff\xfe"])
+async def test_what_nobody_can_read_is_forgotten(valkey: Valkey, tmp_path: Path, value: bytes) -> None:
+    async with caches(valkey.url, tmp_path) as (cache,), valkey.client() as client:
+        name = name_of("cache", KEY, TAGS, cache.generations)
+        await client.set(name, value)
+        assert await cache.get(KEY, TAGS) is None
         assert not await client.exists(name)
 
 

@@ -520,6 +520,37 @@ async def test_what_ended_for_anothers_deadline_begins_anew(monkeypatch: pytest.
         assert here.rows == len(SPEECH)
 
 
+async def test_what_begins_anew_and_is_there_already_is_heard(monkeypatch: Any) -> None:
+    async with place() as here:
+        made: Any = here.segments._made
+        dies, begun = asyncio.Event(), False
+
+        async def dying_first(segment: Any, *args: Any) -> AsyncGenerator[Any, None]:
+            nonlocal begun
+            if segment.index == 1 and not begun:
+                begun = True
+                await dies.wait()
+                raise DeadlineExceeded("the deadline passed", "DEADLINE_EXCEEDED")
+            async for event in made(segment, *args):
+                yield event
+
+        monkeypatch.setattr(here.segments, "_made", dying_first)
+        texts = SPEECH[:2]
+        first = asyncio.ensure_future(here.hear(texts))
+        await until(lambda: begun)
+        slow = Heard(texts, 5)
+        async with aclosing(here.speak(Written(texts, at_once=2), slow)) as messages:
+            slow.take(await anext(messages))  # it reads slowly, and its second part has joined
+            dies.set()
+            with pytest.raises(DeadlineExceeded):
+                await first
+            await here.hear(texts)  # what a third has made is kept
+            async with asyncio.timeout(5):
+                async for message in messages:
+                    slow.take(message)
+        slow.check()
+
+
 async def test_a_failure_reaches_all_once_and_is_not_kept() -> None:
     async with place(tone={"faults": "row@9:another", "step_base_ms": 1}, policy=Policy(max_attempts=1)) as here:
 
@@ -716,6 +747,27 @@ async def test_whatever_is_wrong_with_the_store_all_is_made(valkey: Valkey) -> N
             await there.hear(SPEECH, seed=6)
             assert there.rows == 2 * len(SPEECH)
         await valkey.start()
+
+
+LONGER = ("This one goes on for much longer than all others, since it must come to far more than four seconds. ",)
+
+
+async def test_what_was_found_and_is_heard_slowly_is_joined_by_nobody_after_a_purge(valkey: Valkey) -> None:
+    tone = {"steps_per_character": 5}
+    async with place(store=valkey.url, tone=tone) as here, place(store=valkey.url, tone=tone) as there:
+        await here.hear(LONGER)
+        await here.segments.settle()
+        slow = Heard(LONGER, 5)
+        async with aclosing(there.speak(Written(LONGER), slow)) as messages:
+            slow.take(await anext(messages))
+            assert slow.account.first is Origin.KEPT
+            await purge(here.store)
+            await there.segments.refresh()
+            assert (await there.hear(LONGER)).account.first is Origin.MADE
+            async for message in messages:
+                slow.take(message)
+        slow.check()
+        assert not there.segments._flights
 
 
 # --- whatever happens

@@ -343,7 +343,14 @@ async def calls(limiter: Limiter, count: int, clock: Clock | None = None) -> Non
         if clock is not None:
             clock.ms += 1
         assert await refusal(limiter) is None
-        await until(lambda: all(pool._asking is None for _, pool in limiter._pools.values() if pool is not None))
+        await asked(limiter)
+
+
+async def asked(limiter: Limiter) -> int:
+    """Waits until the ledger has answered; what is at hand then."""
+    pools = [pool for _, pool in limiter._pools.values() if pool is not None]
+    await until(lambda: all(pool._asking is None for pool in pools))
+    return sum(pool.at_hand for pool in pools)
 
 
 async def test_while_demand_is_steady_nobody_waits_for_the_ledger(valkey: Valkey, waits: list[int]) -> None:
@@ -379,6 +386,38 @@ async def test_where_tokens_are_scarce_nothing_is_taken_ahead(valkey: Valkey) ->
         for number in range(40):  # none of what is left lies where it is not needed
             late = await refusal(gateways.limiters[1])
             assert late is None or number > 20, number
+
+
+@pytest.mark.parametrize("gateway", [0, 1])
+async def test_who_comes_when_told_gets_in_at_any_gateway(valkey: Valkey, gateway: int) -> None:
+    limits: dict[str, Any] = {
+        "audio_seconds_per_second": 1.0,
+        "audio_seconds_burst": 100.0,
+        "requests_per_second": None,
+    }
+    async with fleet(valkey.url, 2, **limits) as gateways:
+        busy, at_hand = gateways.limiters[0], 0
+        for _ in range(12):
+            assert await held(busy, 1.0) is None
+            at_hand = await asked(busy)
+        assert at_hand > 0
+        (left,) = await busy.left([])
+        dear = left.left + at_hand / 1000 + 0.4
+        error = await held(busy, dear)
+        assert error is not None
+        gateways.clock.ms += error.retry_after_ms
+        assert await held(gateways.limiters[gateway], dear) is None
+
+
+async def test_at_the_end_what_was_asked_for_ahead_goes_back_too(valkey: Valkey) -> None:
+    async with fleet(valkey.url, requests_per_second=1000) as gateways:
+        (limiter,) = gateways.limiters
+        await calls(limiter, 30, gateways.clock)
+        (pool,) = [pool for _, pool in limiter._pools.values() if pool is not None]
+        while pool._asking is None:
+            assert await refusal(limiter) is None
+        await limiter._return_idle(all_of_it=True)
+        assert await asked(limiter) == 0
 
 
 async def test_a_cancel_spends_nothing(valkey: Valkey) -> None:
