@@ -116,7 +116,8 @@ class Pool:
         self._demand.add(cost, now)
         self.at_hand -= cost
         self._spent_at = now
-        if cost <= self._demand.block // LOW_SHARE > self.at_hand and self._may_ask_ahead():
+        low = self._demand.block // LOW_SHARE
+        if self.at_hand < low and cost <= low and self._may_ask_ahead():
             self._asking = asyncio.create_task(self._ask(ahead=True))
         return True
 
