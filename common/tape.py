@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from copy import copy
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 
@@ -177,7 +177,10 @@ class Tape(Generic[M]):
         if self._lingering is not None:
             self._lingering.cancel()
             self._lingering = None
-        self._done(self)
+        # Whoever is told holds on to this tape: a circle, which would lie around until the garbage collector comes by,
+        # and with it the call that began it, and all of gRPC's for that call.
+        done, self._done = self._done, _nobody_to_tell
+        done(self)
         self._wake_followers()
 
 
@@ -219,6 +222,10 @@ def is_anothers(failure: BaseException) -> bool:
     return isinstance(failure, Abandoned) or (
         isinstance(failure, ChorusError) and failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
     )
+
+
+def _nobody_to_tell(tape: Tape[Any]) -> None:
+    """What has ended tells nobody."""
 
 
 def _own(failure: BaseException) -> BaseException:

@@ -220,3 +220,30 @@ def test_random_joins_and_leaves(steps: list[Any], fails: bool) -> None:
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize("ends", ["by itself", "with a failure", "when it is left"])
+async def test_what_has_ended_is_freed_without_the_garbage_collector(ends: str) -> None:
+    class Flight:
+        """What keeps a tape, and is told of its end by it."""
+
+        tape: Tape[int]
+
+    async def fly() -> weakref.ref[Flight]:
+        flight, source = Flight(), Source(3, Unavailable("gone", "GONE") if ends == "with a failure" else None)
+        told: list[Flight] = []
+        flight.tape = Tape(source.run(), done=lambda tape: told.append(flight))
+        source.let(4)
+        with suppress(Unavailable):
+            await heard(flight.tape, 2 if ends == "when it is left" else 10)
+        await settle()
+        assert told.pop() is flight
+        return weakref.ref(flight)
+
+    gc.disable()
+    try:
+        left = await fly()
+        await settle()
+        assert left() is None
+    finally:
+        gc.enable()
