@@ -1,9 +1,11 @@
-"""Mends two faults of gRPC's client (grpc.aio 1.83) in calls with a stream of replies.
+"""Mends faults of gRPC's client (grpc.aio 1.83): `mended` two in calls with a stream of replies, `freed` one of all.
 
 - A call that is refused while it is being written to gets the status INTERNAL, "Internal error from Core", as soon as a
   write fails, although the server's own status, with its details, is about to arrive.
 - A read whose task is cancelled drops what core is about to hand to it: the message is never freed, 50 KB for each
   caller who leaves a stream (https://github.com/grpc/grpc/issues/43360).
+- A call that has ended is kept by its own callback, a circle that only the garbage collector finds. With it are kept
+  its replies, and through the contexts of its tasks whatever its caller was about.
 """
 
 from __future__ import annotations
@@ -42,3 +44,8 @@ def mended(call: StreamCall) -> StreamCall:
     """The same call. Only right after it was made."""
     call._cython_call = _Mended(call._cython_call)
     return call
+
+
+def freed(call: Any) -> None:
+    """Lets a call go that has come to its end, as soon as nobody holds it. It can be asked nothing more."""
+    del call._cython_call

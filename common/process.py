@@ -16,8 +16,8 @@ SWITCH_SECONDS = 0.0002
 def calm_garbage_collector() -> None:
     """Called once all is imported. What lives now lives for ever.
 
-    Each call leaves some sixty circular objects, most of them gRPC's (an aborted call's traceback leads back to it). Of
-    those that were old when their call ended, what 20,000 calls leave is what may lie around.
+    Each call leaves five to ten circular objects of gRPC's own, and more if it was aborted (its traceback leads back to
+    it). Of those that were old when their call ended, what 20,000 calls leave is what may lie around.
     """
     gc.freeze()
     gc.set_threshold(20_000, 10, 6)

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from common.calls import Call, Context, current_call
 from common.errors import DeadlineExceeded
-from common.mended import mended
+from common.mended import freed, mended
 from common.metadata import (
     INTERNAL_DEADLINE,
     INTERNAL_SECRET,
@@ -158,10 +158,13 @@ async def forward(method: Method, request: Any, turn: Turn) -> Any:
     Raises:
         ChorusError: the backend's own error, or why there was no answer.
     """
+    call = method(request, metadata=turn.metadata, timeout=turn.timeout)
     try:
-        return await method(request, metadata=turn.metadata, timeout=turn.timeout)
+        reply = await call
     except grpc.aio.AioRpcError as error:
         raise told(error) from error
+    freed(call)
+    return reply
 
 
 async def forward_stream(

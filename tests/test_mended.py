@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from common.mended import mended
+from common.mended import freed, mended
 
 MESSAGE = bytes(20_000)
 CALLS = 400
@@ -74,3 +75,29 @@ async def test_who_leaves_while_reading_leaves_no_memory_behind() -> None:
         # Without the mend it is two messages and more for each; what is left is the server's and core's own.
         assert allocated() - before < CALLS * len(MESSAGE) / 4
     await server.stop(None)
+
+
+async def test_a_call_that_has_ended_is_freed_without_the_garbage_collector() -> None:
+    async def answer(request: bytes, context: Any) -> bytes:
+        return request
+
+    server = grpc.aio.server()
+    handler: Any = grpc.unary_unary_rpc_method_handler(answer)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", {"Echo": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    gc.disable()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            echo: Any = channel.unary_unary("/test/Echo")
+            call = echo(b"hello")
+            assert await call == b"hello"
+            left = weakref.ref(call)
+            freed(call)
+            del call
+            await asyncio.sleep(0.01)
+            assert left() is None
+            assert await echo(b"again") == b"again"
+    finally:
+        gc.enable()
+        await server.stop(None)
