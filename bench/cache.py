@@ -90,15 +90,8 @@ class Fleet:
             name: servers.echo([f"--unary-bytes={kib * BYTES_PER_STEP}", "--stream-bytes=1024", "--chunk-bytes=1024"])
             for name, kib in SIZES.items()
         }
-        for server in (
-            *self.echoes.values(),
-            self.memory,
-            self.other,
-            self.redis,
-            self.without,
-            *self.pair,
-            self.before_second,
-        ):
+        gateways = (self.memory, self.other, self.redis, self.without, *self.pair, self.before_second)
+        for server in (*self.echoes.values(), *gateways):
             server.wait_until_it_answers()
 
     def made(self, service: Server | None = None) -> float:
