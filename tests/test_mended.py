@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from grpc.aio._call import UnaryUnaryCall
 
 from common.mended import mended
 from gateway.pipeline import forward
@@ -83,7 +84,7 @@ async def test_a_call_that_a_gateway_forwarded_is_freed_without_the_garbage_coll
         return request
 
     def calls() -> int:
-        return sum(isinstance(one, grpc.aio.UnaryUnaryCall) for one in gc.get_objects())
+        return sum(type(one) is UnaryUnaryCall for one in gc.get_objects())
 
     server = grpc.aio.server()
     handler: Any = grpc.unary_unary_rpc_method_handler(answer)
