@@ -1,4 +1,4 @@
-"""Mends faults of gRPC's client (grpc.aio 1.83): `mended` two in calls with a stream of replies, `freed` one of all.
+"""Mends faults of gRPC's client (grpc.aio 1.83): `mended` two in calls with a stream of replies, `freed` one of others.
 
 - A call that is refused while it is being written to gets the status INTERNAL, "Internal error from Core", as soon as a
   write fails, although the server's own status, with its details, is about to arrive.
@@ -47,5 +47,5 @@ def mended(call: StreamCall) -> StreamCall:
 
 
 def freed(call: Any) -> None:
-    """Lets a call go that has come to its end, as soon as nobody holds it. It can be asked nothing more."""
+    """Lets a call with one reply go that has come to its end, once nobody holds it. It can be asked nothing more."""
     del call._cython_call
